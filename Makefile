@@ -1,0 +1,51 @@
+# The commands of this project. `make serve` and `make test` need Python 3.11+ alone and make their own .venv.
+#   TORCH_INDEX_URL  package index to take torch from, e.g. PyTorch's CPU index; empty: pip's default index
+PYTHON ?= python3
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
+
+.PHONY: help serve test test-all check format lint types lock clean
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[dev,train]'
+	@touch $@
+
+serve: $(VENV)/.installed  ## install and serve the shipped models on http://localhost:8000
+	$(BIN)/lamamba serve --host $(HOST) --port $(PORT)
+
+test: check  ## install, then run lint, types and every test that takes minutes
+	$(BIN)/python -m pytest -q -m "not slow and not docker"
+
+test-all: check  ## also the slow tests and those that need a Docker engine
+	$(BIN)/python -m pytest -q
+
+check: lint types  ## lint, formatting and strict types
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(VENV)/.installed-dev  ## write the versions installed in .venv to constraints.txt
+	$(PIP) freeze --exclude-editable | sed -e 's/+cpu$$//' -e '/^pip==/d' | LC_ALL=C sort > constraints.txt
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

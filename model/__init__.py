@@ -1,0 +1,1 @@
+"""LaMamba-Diff: the network, its diffusion process, its autoencoder and its training."""

@@ -1,0 +1,1 @@
+"""The LaMamba service."""
