@@ -1,7 +1,7 @@
 """Training states on disk: written whole or not at all, and the newest whole one found again.
 
-A state is one file `state-<images>.pt`, written beside its final name, flushed to the disk and renamed. Older ones
-are removed only once the new one is durable.
+A state is one file `state-<images>.pt`, written beside its final name, flushed to the disk and renamed. Older
+ones are removed only once the new one is durable.
 """
 
 from __future__ import annotations
