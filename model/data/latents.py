@@ -36,7 +36,7 @@ class LatentCache:
         return len(self.labels)
 
     def sample(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Scaled latents `(batch_size, C, h, w)` fp32 and their labels, drawn by torch's default generator."""
+        """Scaled latents `(batch_size, C, h, w)` fp32 and labels, by torch's default generator."""
         index = torch.randint(len(self), (batch_size,), device=self.labels.device)
         moments = self.moments[index].float()
         noise = torch.randn_like(moments.chunk(2, dim=1)[0])
