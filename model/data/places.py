@@ -91,7 +91,7 @@ class Places:
         self.labels: tuple[str, ...] = tuple(labels)
         digest = hashlib.sha256(repr((self.labels, tuple(class_ids))).encode())
         for image in panoramas:
-            digest.update(np.ascontiguousarray(image))
+            digest.update(image.tobytes())
         self.digest = digest.hexdigest()
         self.device = torch.device(device)
         sizes = [(image.shape[0], image.shape[1]) for image in panoramas]
