@@ -121,6 +121,7 @@ class AutoencoderTrainingConfig:
             "kl_weight",
             "outlier_weight",
             "warmup_steps",
+            "checkpoint_seconds",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; accepted is 0 or more")
