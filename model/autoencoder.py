@@ -12,6 +12,7 @@ Legend: n images, C latent channels, H, W pixels, h, w latent positions. Trainin
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -45,6 +46,15 @@ class Autoencoder:
         shift, scale = _scaling(module)
         self._shift = shift.to(self.device)[None, :, None, None]  # (1, C, 1, 1), fp32
         self._scale = scale.to(self.device)[None, :, None, None]
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of the weights, 64 hex digits: what a cache of latents depends on."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.float().cpu().numpy())
+        return digest.hexdigest()
 
     @classmethod
     def load(
