@@ -121,6 +121,7 @@ class AutoencoderTrainingConfig:
             "kl_weight",
             "outlier_weight",
             "warmup_steps",
+            "checkpoint_seconds",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; accepted is 0 or more")
@@ -357,7 +358,8 @@ def _optimise(run: _Run, places: Places, log_path: Path) -> None:
     logger.info("ready after %.1f s", time.perf_counter() - started)
 
     resumed_seconds, started = run.seconds, time.perf_counter()
-    logged_seconds, logged_images, saved_seconds = run.seconds, run.images, run.seconds
+    logged_step, logged_images = run.step, run.images
+    logged_seconds = saved_seconds = run.seconds
     totals = torch.zeros(len(AutoencoderLoss.TERMS) + 1, device=run.device)
     while run.progress < 1:
         images, noise = run.batch(places)
@@ -368,12 +370,11 @@ def _optimise(run: _Run, places: Places, log_path: Path) -> None:
         run.images += images.shape[0]
         run.seconds = resumed_seconds + time.perf_counter() - started
         if run.step % config.log_steps == 0 or run.progress >= 1:
-            steps = (run.step - 1) % config.log_steps + 1
-            *means, skipped = (totals / steps).tolist()  # waits for the device
+            *means, skipped = (totals / (run.step - logged_step)).tolist()  # waits for the device
             totals.zero_()
             run.seconds = resumed_seconds + time.perf_counter() - started
             rate = (run.images - logged_images) / (run.seconds - logged_seconds)
-            logged_seconds, logged_images = run.seconds, run.images
+            logged_step, logged_images, logged_seconds = run.step, run.images, run.seconds
             _log(log_path, run, rate, dict(zip(AutoencoderLoss.TERMS, means, strict=True)), skipped)
             if run.seconds - saved_seconds >= config.checkpoint_seconds:
                 saved_seconds = run.seconds
@@ -469,8 +470,12 @@ def main(
     """Train the autoencoder of the shipped models on views of places."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     budget = {"max_seconds": max_seconds, "max_images": max_images, "compile": compile}
-    config = AutoencoderTrainingConfig(**(budget | parse_settings(settings or [])))
-    train(config, output_dir, device)
+    try:
+        config = AutoencoderTrainingConfig(**(budget | parse_settings(settings or [])))
+        train(config, output_dir, device)
+    except (ValueError, FloatingPointError) as error:
+        logger.error("%s", error)
+        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":
