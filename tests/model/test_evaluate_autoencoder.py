@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.autoencoder import Autoencoder
+from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder
 from model.data.places import Places
 from model.evaluate_autoencoder import (
     gradient_energy,
@@ -15,7 +16,6 @@ from model.evaluate_autoencoder import (
     reconstruction_metrics,
     reconstruction_picture,
 )
-from model.train_autoencoder import AutoencoderTrainingConfig, build_autoencoder
 
 CONFIG = AutoencoderTrainingConfig(
     block_out_channels=(4, 4, 8, 8), norm_num_groups=4, sizes=(16, 32), batch_sizes=(4, 2)
