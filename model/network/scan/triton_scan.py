@@ -40,9 +40,9 @@ def _tile(
 ) -> tuple[int, int, int]:
     """Steps and channels of a tile, and warps of a program; `num_rows`: batch rows times directions.
 
-    A tile of one warp needs no shared memory, and 64 channels fewer shuffles than 32; 16 elements a thread (in
-    the forward 32) are what the registers hold. With more than one state a channel, the backward must cut its
-    tiles as the forward did.
+    A tile of one warp needs no shared memory, 64 channels fewer shuffles than 32, and 16 elements a thread
+    (in the forward 32) are what the registers hold. With more than one state a channel, the backward must
+    cut its tiles as the forward did.
     """
     few = num_rows * -(-d_inner // 32) < FILLING_PROGRAMS
     if d_state > 1 or (few and path_length > 16):
