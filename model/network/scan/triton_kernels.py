@@ -14,16 +14,17 @@ token are contiguous), and solves the tile with an associative scan over its ste
 where products may underflow to 0 and never overflow; the state at the end of a tile enters the next. All
 arithmetic is fp32, whatever the tensors are stored in.
 
-Backward: with g_l = dL/dh_l in all, g_l = C_l dy_l + a_{l+1} g_{l+1}. Tiles are taken last to first; each
-recomputes its states from the state at its start, which the forward stored (1/STEPS of a full set of states),
-and runs the scan for g in reverse. Sums over batch rows (A, D, delta_bias) and over blocks of channels (B, C)
-are written as partial sums for torch to add; nothing is accumulated atomically, so results do not vary
-between runs.
+Backward: with g_l = dL/dh_l in all, g_l = C_l dy_l + a_{l+1} g_{l+1}. Tiles are taken last to first, with
+their last step first, so that this scan too runs along the tile (Triton reverses a scan by shuffling every
+element). The states h are read back where the forward has stored them all, which it does if a channel has
+one; if it has more, the forward stores those at the start of each tile, and the backward repeats the tile's
+scan. Sums over batch rows (A, D, delta_bias) and over blocks of channels (B, C) are written as partial sums
+for torch to add; nothing is accumulated atomically, so results do not vary between runs.
 
-Bytes moved per token and direction, in rows of d_inner: forward delta and y (three directions of four find u
-in the L2 cache), backward delta, ddelta and du (u and dy as before). A scan that wants `(batch, channels,
-length)` moves as much, and before and after it gathers u and delta and scatters y: about three times the
-bytes in all.
+Bytes moved per token and direction, in rows of d_inner: forward delta and y, and the states in training
+(three directions of four find u in the L2 cache); backward delta, states, ddelta and du (u and dy as before).
+A scan that wants `(batch, channels, length)` moves as much, and before and after it gathers u and delta and
+scatters y: about three times the bytes in all.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ def _compose_reversed(a_1, p_1, g_1, a_2, p_2, g_2):  # type: ignore[no-untyped-
 
 @jit
 def _softplus(x):  # type: ignore[no-untyped-def]  # kernel
-    """softplus(x) and its derivative, both to fp32 precision: log1p(z) = 2 atanh(s), s = z / (2 + z) <= 1/3.
+    """softplus(x) and exp(-|x|), to fp32 precision: log1p(z) = 2 atanh(s) with s = z / (2 + z) <= 1/3.
 
-    log(1 + z) would lose the small steps (x about -7) that Mamba starts from; the series ends below 2**-25.
+    log(1 + z) would lose the small steps (x about -7) that Mamba starts from. The series ends below 2**-25.
     """
     z = tl.exp(-tl.abs(x))
     s = z / (2.0 + z)
@@ -73,8 +74,7 @@ def _softplus(x):  # type: ignore[no-untyped-def]  # kernel
     series = 1.0 / 7 + q * series
     series = 1.0 / 5 + q * series
     series = 1.0 / 3 + q * series
-    log1p = 2.0 * s * (1.0 + q * series)
-    return tl.maximum(x, 0.0) + log1p, tl.where(x >= 0.0, 1.0, z) / (1.0 + z)
+    return tl.maximum(x, 0.0) + 2.0 * s * (1.0 + q * series), z
 
 
 @jit
@@ -113,7 +113,7 @@ def fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     bias_ptr,
     paths_ptr,
     y_ptr,  # (batch, length, directions, d_inner)
-    states_ptr,  # (programs, tiles, d_state, BLOCK_C)
+    states_ptr,  # (batch, directions, path_length, d_inner), or (programs, tiles, d_state, BLOCK_C)
     length,
     path_length,
     d_inner,
@@ -165,7 +165,10 @@ def fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     B_ptr += batch * B_batch + direction * B_direction
     C_ptr += batch * C_batch + direction * C_direction
     y_ptr += (batch * length * directions + direction) * d_inner
-    states_ptr += program * num_tiles * D_STATE * BLOCK_C
+    if D_STATE == 1:
+        states_ptr += (batch * directions + direction) * path_length * d_inner
+    else:
+        states_ptr += program * num_tiles * D_STATE * BLOCK_C
 
     for tile in range(num_tiles):
         step = tile * STEPS + tl.arange(0, STEPS)
@@ -183,12 +186,15 @@ def fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
             B = tl.load(B_ptr + token * B_token + n * B_state, mask=in_path, other=0.0).to(tl.float32)
             C = tl.load(C_ptr + token * C_token + n * C_state, mask=in_path, other=0.0).to(tl.float32)
             start = _state(states, n, D_STATE)
-            if SAVE_STATES:
+            if SAVE_STATES and D_STATE > 1:
                 tl.store(states_ptr + (tile * D_STATE + n) * BLOCK_C + lane, start)
             a = tl.exp2(dt * _state(A, n, D_STATE)[None, :])
             decay, h = tl.associative_scan((a, drive * B[:, None]), 0, _compose)
             h += decay * start[None, :]
             y += C[:, None] * h
+            if SAVE_STATES and D_STATE == 1:
+                h_offsets = step[:, None] * d_inner + channel[None, :]
+                tl.store(states_ptr + h_offsets, h.to(states_ptr.dtype.element_ty), mask=mask)
             states = _with_state(states, n, _row(h, STEPS - 1), D_STATE)
         y_offsets = token[:, None] * (directions * d_inner) + channel[None, :]
         tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -204,7 +210,7 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     D_ptr,
     bias_ptr,
     paths_ptr,
-    states_ptr,  # (programs, tiles, d_state, BLOCK_C)
+    states_ptr,  # (batch, directions, path_length, d_inner), or (programs, tiles, d_state, BLOCK_C)
     dy_ptr,  # (batch, length, d_inner)
     du_ptr,  # (batch, length, directions, d_inner)
     ddelta_ptr,  # (batch, length, directions, d_inner)
@@ -271,11 +277,14 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     ddelta_ptr += (batch * length * directions + direction) * d_inner
     dB_ptr += ((block * num_rows + batch) * length * directions + direction) * D_STATE
     dC_ptr += ((block * num_rows + batch) * length * directions + direction) * D_STATE
-    states_ptr += program * num_tiles * D_STATE * BLOCK_C
+    if D_STATE == 1:
+        states_ptr += (batch * directions + direction) * path_length * d_inner
+    else:
+        states_ptr += program * num_tiles * D_STATE * BLOCK_C
 
     for i in range(num_tiles):
         tile = num_tiles - 1 - i
-        step = tile * STEPS + tl.arange(0, STEPS)
+        step = tile * STEPS + (STEPS - 1 - tl.arange(0, STEPS))  # last step first, as g is scanned
         in_path = step < path_length
         token = tl.load(paths_ptr + direction * path_length + step, mask=in_path, other=0)
         mask = in_path[:, None] & in_channels[None, :]
@@ -283,7 +292,9 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         u = u.to(tl.float32)
         delta = tl.load(delta_ptr + token[:, None] * delta_token + channel[None, :], mask=mask, other=0.0)
         dy = tl.load(dy_ptr + token[:, None] * d_inner + channel[None, :], mask=mask, other=0.0)
-        dt, slope = _softplus(delta.to(tl.float32) + bias[None, :])
+        x = delta.to(tl.float32) + bias[None, :]
+        dt, z = _softplus(x)
+        slope = tl.where(x >= 0.0, 1.0, z) / (1.0 + z)
         dt = tl.where(in_path[:, None], dt, 0.0)
         drive = dt * u
         ddt = tl.zeros((STEPS, BLOCK_C), tl.float32)
@@ -291,18 +302,25 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         for n in range(D_STATE):
             B = tl.load(B_ptr + token * B_token + n * B_state, mask=in_path, other=0.0).to(tl.float32)
             C = tl.load(C_ptr + token * C_token + n * C_state, mask=in_path, other=0.0).to(tl.float32)
-            start = tl.load(states_ptr + (tile * D_STATE + n) * BLOCK_C + lane)
             A_n = _state(A, n, D_STATE)
             a = tl.exp2(dt * (A_n * 1.4426950408889634)[None, :])
             b = drive * B[:, None]
-            decay, h = tl.associative_scan((a, b), 0, _compose)
-            h += decay * start[None, :]
+            if D_STATE == 1:
+                h_offsets = (step[:, None] - 1) * d_inner + channel[None, :]
+                h = tl.load(states_ptr + h_offsets, mask=mask & (step > 0)[:, None], other=0.0)
+                kept = a * h.to(tl.float32)  # of the state before the step
+                h = kept + b
+            else:
+                start = tl.load(states_ptr + (tile * D_STATE + n) * BLOCK_C + lane)
+                decay, h = tl.associative_scan((a, b), 0, _compose, reverse=True)
+                h += decay * start[None, :]
+                kept = h - b
             ones = tl.full((STEPS, BLOCK_C), 1.0, tl.float32)
-            _, decay, g = tl.associative_scan((a, ones, C[:, None] * dy), 0, _compose_reversed, reverse=True)
+            _, decay, g = tl.associative_scan((a, ones, C[:, None] * dy), 0, _compose_reversed)
             g += decay * _state(g_behind, n, D_STATE)[None, :]
-            g_behind = _with_state(g_behind, n, _row(a * g, 0), D_STATE)
+            g_behind = _with_state(g_behind, n, _row(a * g, STEPS - 1), D_STATE)
 
-            dlog_a = g * (h - b)  # g_l a_l h_{l-1}
+            dlog_a = g * kept
             ddt += A_n[None, :] * dlog_a
             ddrive += g * B[:, None]
             dA_n = _state(dA, n, D_STATE) + tl.sum(dt * dlog_a, axis=0)

@@ -35,6 +35,23 @@ def is_available(device: torch.device | str) -> bool:
     return torch.device(device).type == "cpu"
 
 
+def _tile(
+    num_rows: int, path_length: int, d_inner: int, d_state: int, backward: bool
+) -> tuple[int, int, int]:
+    """Steps and channels of a tile, and warps of a program; `num_rows`: batch rows times directions.
+
+    A tile of one warp needs no shared memory, 64 channels fewer shuffles than 32, and 16 elements a thread
+    (in the forward 32) are what the registers hold. With more than one state a channel, the backward must
+    cut its tiles as the forward did.
+    """
+    few = num_rows * -(-d_inner // 32) < FILLING_PROGRAMS
+    if d_state > 1 or (few and path_length > 16):
+        return 64, 32, 4
+    if d_inner % 64:
+        return 16, 32, 1
+    return (8 if backward else 16), 64, 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Grid:
     """How a scan is cut: tiles of `steps` x `block_c`, and `num_programs` programs of `num_warps` warps."""
@@ -47,21 +64,19 @@ class _Grid:
     num_programs: int
 
     @classmethod
-    def of(cls, u: Tensor, A: Tensor, paths: Tensor) -> _Grid:
-        """A function of shapes alone, so equal in forward and backward; nothing is tuned in a request."""
+    def of(cls, u: Tensor, A: Tensor, paths: Tensor, *, backward: bool) -> _Grid:
+        """A function of shapes alone: nothing is tuned in a request."""
         (directions, d_inner, d_state), path_length = A.shape, paths.shape[1]
-        block_c = 32
+        num_rows = u.shape[0] * directions
+        steps, block_c, num_warps = _tile(num_rows, path_length, d_inner, d_state, backward)
         num_blocks = -(-d_inner // block_c)
-        num_programs = u.shape[0] * directions * num_blocks
-        few = num_programs < FILLING_PROGRAMS
-        steps, num_warps = (64, 4) if d_state > 1 or (few and path_length > 16) else (16, 1)
         return cls(
             steps=steps,
             block_c=block_c,
             num_warps=num_warps,
             num_blocks=num_blocks,
             num_tiles=-(-path_length // steps),
-            num_programs=num_programs,
+            num_programs=num_rows * num_blocks,
         )
 
     def options(self, d_state: int) -> dict[str, int]:
@@ -99,11 +114,11 @@ def _forward(
     paths: Tensor,
     save_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Each direction's y `(batch, length, directions, d_inner)`, and the state at the start of every tile."""
+    """Each direction's y `(batch, length, directions, d_inner)`, and the states that the backward needs."""
     u, delta = _unit_stride(u), _unit_stride(delta)
-    grid, d_state = _Grid.of(u, A, paths), A.shape[2]
+    grid, d_state = _Grid.of(u, A, paths, backward=False), A.shape[2]
     y = _per_direction(u, paths, u.dtype)
-    states = u.new_empty(_states_shape(grid, d_state, save_states), dtype=torch.float32)
+    states = _saved_states(u, paths, grid, d_state, save_states)
     arguments = (
         u,
         delta,
@@ -137,12 +152,18 @@ def _(
     paths: Tensor,
     save_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    states_shape = _states_shape(_Grid.of(u, A, paths), A.shape[2], save_states)
-    return _per_direction(u, paths, u.dtype), u.new_empty(states_shape, dtype=torch.float32)
+    states = _saved_states(u, paths, _Grid.of(u, A, paths, backward=False), A.shape[2], save_states)
+    return _per_direction(u, paths, u.dtype), states
 
 
-def _states_shape(grid: _Grid, d_state: int, save_states: bool) -> tuple[int, int, int, int]:
-    return (grid.num_programs if save_states else 0, grid.num_tiles, d_state, grid.block_c)
+def _saved_states(u: Tensor, paths: Tensor, grid: _Grid, d_state: int, save: bool) -> Tensor:
+    """The states that the backward needs: all where a channel has one, else those that start a tile."""
+    if not save:
+        return u.new_empty(0, dtype=torch.float32)
+    if d_state == 1:
+        dtype = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
+        return u.new_empty((u.shape[0], *paths.shape, u.shape[2]), dtype=dtype)
+    return u.new_empty((grid.num_programs, grid.num_tiles, d_state, grid.block_c), dtype=torch.float32)
 
 
 @torch.library.custom_op("lamamba::triton_scan_backward", mutates_args=())
@@ -163,7 +184,7 @@ def _backward(
     Left to add: u's over directions, A's, D's and delta_bias's over batch rows, B's and C's over blocks.
     """
     u, delta, dy = _unit_stride(u), _unit_stride(delta), dy.contiguous()
-    grid, d_state = _Grid.of(u, A, paths), A.shape[2]
+    grid, d_state = _Grid.of(u, A, paths, backward=True), A.shape[2]
     gradients = _partial_gradients(u, delta, A, paths, grid)
     arguments = (
         u,
@@ -198,7 +219,7 @@ def _(
     states: Tensor,
     dy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _partial_gradients(u, delta, A, paths, _Grid.of(u, A, paths))
+    return _partial_gradients(u, delta, A, paths, _Grid.of(u, A, paths, backward=True))
 
 
 def _partial_gradients(

@@ -82,6 +82,7 @@ LAYOUTS = {
 CASES = {
     "one_token": Case(grid=(1, 1), d_inner=1),
     "seven_tokens": Case(grid=(1, 7), batch=3),
+    "tiles_of_64_channels": Case(grid=(3, 5), d_inner=64),
     "one_channel": Case(d_inner=1),
     "eight_by_eight": Case(grid=(8, 8), d_inner=96),
     "not_square": Case(grid=(4, 64), d_inner=40),
