@@ -47,7 +47,10 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()
+        out_channels = fields.pop("out_channels", None)  # in a saved config, for diffusers' pipelines to read
         architecture = LaMambaConfig.from_dict(fields)
+        if out_channels not in (None, architecture.out_channels):
+            raise ValueError(f"out_channels: {out_channels} given; {architecture.out_channels} is accepted")
         self.register_to_config(**dataclasses.asdict(architecture), out_channels=architecture.out_channels)
         self.architecture = architecture
         self.null_label = architecture.num_classes
@@ -238,7 +241,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
         # diffusers reads the accepted fields off __init__'s signature; here their one home is LaMambaConfig.
-        return {field.name for field in dataclasses.fields(LaMambaConfig)} | {"self"}
+        return {field.name for field in dataclasses.fields(LaMambaConfig)} | {"self", "out_channels"}
 
 
 class FinalLayer(nn.Module):

@@ -1,0 +1,251 @@
+"""Checkpoints of the authors' released code into a model folder, and back.
+
+Their trainer writes `{"model", "ema", "opt", "args", "config"}` by `torch.save`; a bare state dict is taken
+too. What a state dict holds and tells about the architecture is authors_format.py's matter; here are files.
+
+Reading never runs code of the file: `weights_only=True`, with `argparse.Namespace` and, as a plain dict, the
+configuration class allowed. Writing leaves either the whole result or what was there before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from model.authors_format import (
+    authors_metadata,
+    from_authors,
+    infer_config,
+    listed,
+    meta_network,
+    to_authors,
+)
+from model.autoencoder import Autoencoder
+from model.config import LaMambaConfig
+from model.diffusion.samplers import diffusers_scheduler_config
+from model.diffusion.schedule import NoiseSchedule
+from model.network.lamamba import LaMambaDiff
+from model.pipeline import write_json, write_model_index
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What `convert_checkpoint` found and wrote."""
+
+    config: LaMambaConfig
+    weights: str
+    """Which weights were taken: "ema", "model" or "state dict"."""
+    num_parameters: int
+    dropped: tuple[str, ...]
+    """The authors' keys that have no counterpart here: derivable buffers, and unused attention parts."""
+    warnings: tuple[str, ...]
+    written: tuple[str, ...]
+    """Entries of the model folder that were written."""
+    missing: tuple[str, ...]
+    """What the folder still lacks before it can generate."""
+
+
+def convert_checkpoint(
+    checkpoint: Path,
+    out_dir: Path,
+    *,
+    vae: Path | None = None,
+    labels: Path | None = None,
+    weights: Literal["ema", "model"] | None = None,
+    vssm: Literal["ss2d_continuous", "ss2d"] | None = None,
+    attention: Literal["shifted_window", "none"] = "shifted_window",
+    dtype: torch.dtype = torch.float32,
+) -> ConversionReport:
+    """Write the authors' `checkpoint` as the model folder `out_dir`.
+
+    Each entry of the folder is written beside its place and moved there whole; other entries stay.
+
+    Args:
+        vae: folder of the diffusers AutoencoderKL that the network was trained with, copied.
+        labels: class names: JSON (a list, or an object from number to name) or text, one name a line.
+        weights: which of the checkpoint's two; by default EMA where there is one.
+        vssm: the scan it was trained with; by default what the stored config says, or else "ss2d_continuous".
+        attention: "none" for weights trained without the attention term, whose unused parts are then dropped;
+            nothing in a checkpoint tells.
+        dtype: of the written weights.
+
+    Raises:
+        ValueError: one line that names what cannot be read or does not fit. Nothing is written then.
+    """
+    contents = _read(checkpoint)
+    state_dict, taken = _select_weights(checkpoint, contents, weights)
+    bare = taken == "state dict"
+    try:
+        config, warnings = infer_config(
+            state_dict,
+            stored_config=None if bare else contents.get("config"),
+            stored_args=None if bare else contents.get("args"),
+            vssm=vssm,
+            attention=attention,
+        )
+        own, dropped = from_authors(state_dict, config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error
+    for warning in warnings:
+        logger.warning("%s: %s", checkpoint, warning)
+    names = _read_labels(labels, config.num_classes) if labels is not None else ()
+    if vae is not None:
+        _check_autoencoder(vae, config)
+
+    network = meta_network(config)
+    network.load_state_dict({key: value.to(dtype, copy=True) for key, value in own.items()}, assign=True)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"out_dir: {out_dir} given, which is a file; a folder is accepted")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as temporary:
+        staging = Path(temporary)
+        network.save_pretrained(staging / "transformer", safe_serialization=True)
+        (staging / "scheduler").mkdir()
+        write_json(
+            staging / "scheduler" / "scheduler_config.json",
+            diffusers_scheduler_config(NoiseSchedule.linear()),
+        )
+        if vae is not None:
+            shutil.copytree(vae, staging / "vae")
+        write_model_index(staging, labels=names, name=out_dir.resolve().name)
+        written = tuple(sorted(entry.name for entry in staging.iterdir()))
+        for name in written:
+            _move_into_place(staging / name, out_dir / name)
+    return ConversionReport(
+        config=config,
+        weights=taken,
+        num_parameters=sum(value.numel() for value in own.values()),
+        dropped=dropped,
+        warnings=warnings,
+        written=written,
+        missing=() if (out_dir / "vae").is_dir() else ("vae",),
+    )
+
+
+def export_checkpoint(model_dir: Path, out_path: Path) -> None:
+    """Write the network of `model_dir` as a checkpoint that the authors' code loads, in fp32.
+
+    `model` and `ema` are both its weights; `args` and `config` are plain dicts; there is no optimizer state.
+
+    Raises:
+        ValueError: one line; the folder cannot be read, or their code has no such network.
+    """
+    network = _load_network(model_dir)
+    state_dict = to_authors(network)
+    contents = {"model": state_dict, "ema": state_dict} | authors_metadata(network.architecture)
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out_path.with_name(f".{out_path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(out_path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's top-level dict; no code of the file is run."""
+    allowed = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
+    if not checkpoint.is_file():
+        raise ValueError(f"{checkpoint}: no such file")
+    try:
+        archive = zipfile.is_zipfile(checkpoint)
+        if archive:
+            with zipfile.ZipFile(checkpoint) as file:
+                damaged = file.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+        with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]  # (class, name) pairs are taken
+            contents = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=archive)
+    except Exception as error:  # the readers of a damaged file raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{checkpoint}: not a checkpoint that can be read safely ({reason})") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{checkpoint}: holds a {type(contents).__name__}; a dict is accepted")
+    return contents
+
+
+def _select_weights(
+    checkpoint: Path, contents: dict[str, Any], weights: str | None
+) -> tuple[dict[str, Tensor], str]:
+    """The state dict to convert, without `module.` prefixes, and which it is."""
+    candidates = [name for name in ("ema", "model") if isinstance(contents.get(name), dict)]
+    if weights is not None and weights not in candidates:
+        raise ValueError(
+            f"weights: {weights!r} given; {checkpoint} has {' and '.join(candidates) or 'a bare state dict'}"
+        )
+    taken = weights or (candidates[0] if candidates else "state dict")
+    raw = contents[taken] if candidates else contents
+    wrong = [
+        str(key) for key, value in raw.items() if not isinstance(key, str) or not isinstance(value, Tensor)
+    ]
+    if wrong or not raw:
+        raise ValueError(f"{checkpoint}: its {taken} is not a state dict; {listed('not tensors', wrong)}")
+    return {key.removeprefix("module."): value for key, value in raw.items()}, taken
+
+
+def _read_labels(path: Path, num_classes: int) -> Sequence[str]:
+    accepted = "a JSON list, a JSON object from 0, 1, ... to names, or lines of text are accepted"
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if text.lstrip().startswith(("[", "{")) else text.splitlines()
+        names = [value[str(i)] for i in range(len(value))] if isinstance(value, dict) else list(value)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"labels: {path} cannot be read ({type(error).__name__}); {accepted}") from error
+    names = names[:-1] if names and names[-1] == "" else names
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f"labels: {path} has entries that are not names; {accepted}")
+    if len(names) != num_classes:
+        raise ValueError(f"labels: {len(names)} given; the checkpoint has {num_classes} classes")
+    return [name.strip() for name in names]
+
+
+def _check_autoencoder(folder: Path, config: LaMambaConfig) -> None:
+    channels = Autoencoder.load(folder).latent_channels
+    if channels != config.in_channels:
+        raise ValueError(f"vae: {channels} latent channels given; the network has {config.in_channels}")
+
+
+def _load_network(model_dir: Path) -> LaMambaDiff:
+    folder = model_dir / "transformer" if (model_dir / "transformer").is_dir() else model_dir
+    try:
+        loaded: Any = LaMambaDiff.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder}: the network cannot be loaded ({reason})") from error
+    network, info = loaded
+    wrong = [key for keys in info.values() for key in keys]
+    if wrong:
+        raise ValueError(f"{folder}: the weights do not fit the config; {listed('wrong keys', wrong)}")
+    return cast(LaMambaDiff, network)
+
+
+def _move_into_place(source: Path, target: Path) -> None:
+    """Rename `source` over `target`; a folder there is moved beside `source`, to be removed with it."""
+    if target.is_dir():
+        target.rename(source.with_name(f"{source.name}.old"))
+    source.replace(target)
