@@ -36,7 +36,7 @@ def save_state(folder: Path, images_seen: int, state: dict[str, Any], *, keep: i
 
 
 def load_newest_state(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The newest readable state of `folder`, or None. A damaged one is reported and the one before it taken."""
+    """The newest readable state of `folder`, or None. After a damaged one comes the one before it."""
     for path in _state_files(folder):
         try:
             state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)

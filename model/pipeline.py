@@ -274,7 +274,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _moved(network: LaMambaDiff, **where: Any) -> LaMambaDiff:
-    network.to(**where)  # type: ignore[call-arg]  # diffusers' decorator hides `self` from the checker
+    network.to(**where)
     return network
 
 
@@ -324,7 +324,7 @@ def _labels(path: Path, index: dict[str, Any], num_classes: int) -> tuple[str, .
     id2label = index.get("id2label") or {str(i): f"class {i}" for i in range(num_classes)}
     if set(id2label) != {str(i) for i in range(num_classes)}:
         raise ValueError(
-            f"{path}: model_index.json labels {len(id2label)} classes; the network has {num_classes}, from 0 on"
+            f"{path}: model_index.json labels {len(id2label)} classes; the network has {num_classes}"
         )
     return tuple(str(id2label[str(i)]) for i in range(num_classes))
 

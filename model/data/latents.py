@@ -36,7 +36,7 @@ class LatentCache:
         return len(self.labels)
 
     def sample(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Scaled latents `(batch_size, C, h, w)` fp32 and their labels, drawn by torch's default generator."""
+        """Scaled latents `(batch_size, C, h, w)` fp32 and labels, by torch's default generator."""
         index = torch.randint(len(self), (batch_size,), device=self.labels.device)
         moments = self.moments[index].float()
         noise = torch.randn_like(moments.chunk(2, dim=1)[0])
@@ -85,7 +85,7 @@ def places_latents(
         labels.append(classes)
         if progress and task is not None:
             progress.update(task, advance=len(ids))
-    tensors = {"moments": torch.cat(moments), "labels": torch.cat(labels)}
+    tensors = {"moments": torch.cat(moments).contiguous(), "labels": torch.cat(labels)}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"key": key})

@@ -18,6 +18,7 @@ Legend: n views, S side of a view, T = 2S side of its supersampled rendering, P 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -88,6 +89,10 @@ class Places:
                 f"in 0 to {len(labels) - 1} for each, with no class left out"
             )
         self.labels: tuple[str, ...] = tuple(labels)
+        digest = hashlib.sha256(repr((self.labels, tuple(class_ids))).encode())
+        for image in panoramas:
+            digest.update(image.tobytes())
+        self.digest = digest.hexdigest()
         self.device = torch.device(device)
         sizes = [(image.shape[0], image.shape[1]) for image in panoramas]
         tops = np.cumsum([0] + [height + 2 for height, _ in sizes])

@@ -14,7 +14,7 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """The fields of a recipe with `key=value` overrides; `network.hidden_size=64` reaches into a nested field.
+    """A recipe's fields with `key=value` overrides; `network.hidden_size=64` reaches into a nested field.
 
     Raises ValueError for an unknown recipe, unreadable YAML, or an override without "=".
     """
