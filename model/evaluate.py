@@ -31,7 +31,7 @@ from torch import Tensor
 from model.data.places import RESERVED_VIEW_IDS, Places
 from model.evaluation import sources
 from model.evaluation.config import EvaluationConfig
-from model.evaluation.features import FeatureExtractor, file_hash
+from model.evaluation.features import HASH_DIGITS, FeatureExtractor, file_hash
 from model.evaluation.frechet import FeatureStatistics, feature_statistics
 from model.evaluation.judge import REQUIRED_ACCURACY, Confusion, Judge, train_judge
 from model.evaluation.nearest import nearest_views
@@ -76,7 +76,7 @@ class Evaluation:
             "model": {
                 "name": pipeline.name,
                 "weights": pipeline.weights_hash,
-                "autoencoder": pipeline.autoencoder.weights_hash,
+                "autoencoder": pipeline.autoencoder.weights_hash[:HASH_DIGITS],  # as loaded, in `dtype`
                 "resolution": pipeline.resolution,
                 "parameters": sum(p.numel() for p in pipeline.network.parameters()),
                 "dtype": str(pipeline.dtype).removeprefix("torch."),

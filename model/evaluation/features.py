@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EfficientNetLite2", "FeatureExtractor", "file_hash"]
+__all__ = ["HASH_DIGITS", "EfficientNetLite2", "FeatureExtractor", "file_hash"]
 
 _INPUT_SIZE = 260
 _BATCH_SIZE = 64
-_HASH_DIGITS = 12
+HASH_DIGITS = 12
+"""Hex digits of a SHA-256 that reports show."""
 
 
 class FeatureExtractor(Protocol):
@@ -67,6 +68,6 @@ class EfficientNetLite2:
 
 
 def file_hash(path: Path) -> str:
-    """The first 12 hex digits of the file's SHA-256."""
+    """The first `HASH_DIGITS` hex digits of the file's SHA-256."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_HASH_DIGITS]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:HASH_DIGITS]

@@ -164,7 +164,8 @@ def train_judge(
         torch.manual_seed(seed)
         judge = Judge(places.labels)
     judge = _placed(judge, device)
-    num_steps = max(1, num_views // batch_size)
+    batch_size = min(batch_size, num_views)
+    num_steps = num_views // batch_size
     optimizer = torch.optim.AdamW(judge.parameters(), lr=0.0, weight_decay=_WEIGHT_DECAY, fused=True)
     generator = torch.Generator(device).manual_seed(seed)
     task = progress.add_task("training the judge", total=num_steps) if progress else None
