@@ -35,7 +35,7 @@ def evaluate_command(
         Path | None,
         typer.Option(help="judge.safetensors of an earlier evaluation; by default one is trained."),
     ] = None,
-    judge_views: Annotated[int, typer.Option(help="Views that the judge is trained on.")] = 1_000_000,
+    judge_views: Annotated[int, typer.Option(help="Views that the judge is trained on.")] = 200_000,
     training_views: Annotated[
         int, typer.Option(help="Training views searched for the nearest to samples.")
     ] = 20_000,

@@ -30,8 +30,8 @@ class EvaluationConfig:
     num_rows: int = 1024
     """Network rows in a batch; an image with guidance takes two."""
     compile: bool = False
-    """torch.compile of the network: about a minute at the start, faster steps after it."""
-    judge_views: int = 1_000_000
+    """torch.compile of the network: a minute or two at the start (with and without guidance), then faster steps."""
+    judge_views: int = 200_000
     """Real views that the judge is trained on, where none is given."""
     num_training_views: int = 20_000
     """Training views among which the nearest to generated images are looked for."""
