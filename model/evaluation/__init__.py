@@ -1,0 +1,4 @@
+"""How good generated images are: distances between sets of images, a judge of classes, nearest views.
+
+`model/evaluate.py` puts the parts together; `command` is its command line.
+"""
