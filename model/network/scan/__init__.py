@@ -1,0 +1,46 @@
+"""Selective scan behind one signature (`reference.selective_scan`), and the choice between its backends.
+
+A backend is a value that whoever loads a network passes to it; the network never chooses. The choice is made
+once, here, by asking what the device and the installed packages can do, and it is reported by name wherever a
+model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.network.scan import reference, vectorized
+from model.network.scan.paths import scan_paths
+
+__all__ = ["SCAN_BACKENDS", "ScanBackend", "resolve_scan_backend", "scan_paths"]
+
+SelectiveScan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+SCAN_BACKENDS: tuple[str, ...] = ("reference", "vectorized")
+
+
+@dataclass(frozen=True)
+class ScanBackend:
+    """A selective scan and the name it is reported under."""
+
+    name: str
+    selective_scan: SelectiveScan
+
+
+def resolve_scan_backend(name: str = "auto", device: torch.device | str = "cpu") -> ScanBackend:
+    """The backend called `name`; "auto" takes the fastest that `device` can run.
+
+    Raises ValueError for an unknown name, and for a backend that this machine cannot run, saying what it
+    needs.
+    """
+    if name == "auto":
+        name = "vectorized"
+    if name == "reference":
+        return ScanBackend(name, reference.selective_scan)
+    if name == "vectorized":
+        return ScanBackend(name, vectorized.selective_scan)
+    raise ValueError(f"scan_backend: {name!r} given; auto or one of {', '.join(SCAN_BACKENDS)} is accepted")

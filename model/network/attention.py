@@ -1,0 +1,67 @@
+"""(Shifted-)window attention with a relative position bias (Swin, Liu et al. 2021; paper section 3.1,
+equation 2).
+
+Windows and heads share one axis, so the bias and the shift mask broadcast over the batch and nothing is
+repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from model.network.geometry import GridGeometry
+
+
+class WindowAttention(nn.Module):
+    """Self-attention among the tokens of each window, `(B, H, W, d) -> (B, H, W, d)`.
+
+    Args:
+        width: d, divisible by `num_heads`. window_size: side of the windows that the bias table is made for;
+        a grid's geometry may use smaller ones. shifted: roll the grid by half a window first (every second
+        block), as far as the geometry shifts at all.
+    """
+
+    def __init__(self, width: int, *, num_heads: int, window_size: int, shifted: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.shifted = shifted
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.relative_position_bias = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
+
+    def forward(self, x: Tensor, geometry: GridGeometry) -> Tensor:
+        assert geometry.window is not None
+        shift_rows, shift_columns = geometry.shift
+        shifted = self.shifted and any(geometry.shift)
+        if shifted:
+            x = x.roll((-shift_rows, -shift_columns), dims=(1, 2))
+        m, n = geometry.window
+        q, k, v = rearrange(
+            self.qkv(x),
+            "b (h m) (w n) (three heads d) -> three b (h w heads) (m n) d",
+            m=m,
+            n=n,
+            three=3,
+            heads=self.num_heads,
+        )  # (B, windows * heads, M*M, head_dim)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(geometry, shifted).to(q.dtype))
+        x = rearrange(
+            x,
+            "b (h w heads) (m n) d -> b (h m) (w n) (heads d)",
+            h=geometry.height // m,
+            heads=self.num_heads,
+            m=m,
+        )  # (B, H, W, d)
+        x = self.proj(x)
+        return x.roll((shift_rows, shift_columns), dims=(1, 2)) if shifted else x
+
+    def _bias(self, geometry: GridGeometry, shifted: bool) -> Tensor:
+        assert geometry.window is not None
+        num_windows = (geometry.height // geometry.window[0]) * (geometry.width // geometry.window[1])
+        bias = self.relative_position_bias[geometry.bias_index].permute(2, 0, 1)  # (heads, M*M, M*M)
+        if shifted:
+            return (bias + geometry.shift_mask).flatten(0, 1)  # (windows * heads, M*M, M*M)
+        return bias.repeat(num_windows, 1, 1)

@@ -1,0 +1,270 @@
+"""LaMamba-Diff (paper Figure 3): embed -> encoder -> middle -> decoder -> final layer, as a diffusers model.
+
+Tokens stay channels-last `(B, H, W, width)` between the patch embedding and the final layer. Letters: B rows,
+D the first stage's width, C the conditioning's, p the patch size. Checked against the authors' released code
+(yunxiangfu2001/LaMamba-Diff) by the golden files of the tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from model.config import LaMambaConfig, Stage
+from model.network.block import LaMambaBlock, modulate
+from model.network.embed import (
+    LabelEmbedding,
+    PatchEmbed,
+    TimestepEmbedding,
+    check_labels,
+    position_table,
+    resized_position_table,
+)
+from model.network.geometry import GridGeometry
+from model.network.resample import AddSkip, ConcatSkip, PatchExpanding, PatchMerging
+from model.network.scan import ScanBackend, resolve_scan_backend
+from model.network.vssm import VisualStateSpace
+
+_FINAL_NORM_EPS = 1e-6
+
+
+class LaMambaDiff(ModelMixin, ConfigMixin):
+    """The network: `net(hidden_states, timestep, class_labels).sample`.
+
+    Built from the fields of `LaMambaConfig` by keyword:
+    `LaMambaDiff(**dataclasses.asdict(LaMambaConfig.preset("XL")))`, or `LaMambaDiff.from_config(...)`,
+    `LaMambaDiff.from_pretrained(folder, subfolder="transformer")`.
+    """
+
+    config_name: str = "config.json"  # type: ignore[assignment]  # diffusers declares None, to be set here
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__()
+        architecture = LaMambaConfig.from_dict(fields)
+        self.register_to_config(**dataclasses.asdict(architecture), out_channels=architecture.out_channels)
+        self.architecture = architecture
+        self.null_label = architecture.num_classes
+        self._scan_backend = resolve_scan_backend("vectorized")
+        width, conditioning = architecture.hidden_size, architecture.conditioning_size
+
+        self.timestep_embed = TimestepEmbedding(conditioning)
+        self.label_embed = LabelEmbedding(
+            architecture.num_classes, conditioning, dropout_prob=architecture.class_dropout_prob
+        )
+        self.patch_embed = PatchEmbed(architecture.in_channels, width, patch_size=architecture.patch_size)
+        self.position_embed = nn.Parameter(position_table(architecture.grid_side, width))
+        self._build_stages()
+        self.final_layer = FinalLayer(architecture)
+
+        self.geometries = nn.ModuleDict()
+        self._initialize_weights()
+        self.prepare_grid(architecture.grid_side, architecture.grid_side)
+
+    def _build_stages(self) -> None:
+        encoder, decoder = self.architecture.encoder_stages, self.architecture.decoder_stages
+        coarsest = encoder[-1]
+        self.encoder = nn.ModuleList([self._blocks(stage, decoder=False) for stage in encoder])
+        self.mergings = nn.ModuleList(
+            [
+                PatchMerging(stage.width, below.width)
+                if below.side_divisor > stage.side_divisor
+                else nn.Identity()
+                for stage, below in zip(encoder, (*encoder[1:], coarsest), strict=True)
+            ]
+        )
+        middle = dataclasses.replace(coarsest, depth=self.architecture.bottleneck_depth)
+        self.middle = self._blocks(middle, decoder=False)
+        self.decoder = nn.ModuleList([self._blocks(stage, decoder=True) for stage in decoder])
+        self.expandings = nn.ModuleList(
+            [
+                PatchExpanding(below.width, stage.width, factor=2)
+                if below.side_divisor > stage.side_divisor
+                else nn.Identity()
+                for stage, below in zip(decoder, (coarsest, *decoder[:-1]), strict=bool(decoder))
+            ]
+        )
+        concat = self.architecture.skip == "concat"
+        self.skips = nn.ModuleList([ConcatSkip(stage.width) if concat else AddSkip() for stage in decoder])
+
+    def _blocks(self, stage: Stage, *, decoder: bool) -> nn.ModuleList:
+        config = self.architecture
+        return nn.ModuleList(
+            [
+                LaMambaBlock(
+                    config,
+                    stage.width,
+                    window_size=self._window_size(stage.side_divisor),
+                    shifted=bool(index % 2),
+                    project_conditioning=decoder or stage.width != config.conditioning_size,
+                    scan_backend=self._scan_backend,
+                )
+                for index in range(stage.depth)
+            ]
+        )
+
+    def _window_size(self, side_divisor: int) -> int:
+        side = self.architecture.grid_side // side_divisor
+        return side if self.architecture.attention == "global" else min(self.architecture.window_size, side)
+
+    def prepare_grid(self, height: int, width: int) -> None:
+        """Build the constants of a `height` x `width` token grid (the latents' size over the patch size).
+
+        Done at construction for the configured size and at the first forward of any other in eager mode;
+        before compiling or capturing another size, call it yourself. Raises ValueError where the size does
+        not fit.
+        """
+        multiple = self.architecture.side_multiple
+        if height % multiple or width % multiple or min(height, width) < 1:
+            raise ValueError(
+                f"token grid: {height} x {width} given; this network accepts multiples of {multiple} a side"
+            )
+        for divisor in {stage.side_divisor for stage in self.architecture.encoder_stages}:
+            geometry = GridGeometry(
+                height // divisor,
+                width // divisor,
+                vssm=self.architecture.vssm,
+                scan_window_size=self.architecture.scan_window_size,
+                attention=self.architecture.attention,
+                window_size=self._window_size(divisor),
+            )
+            self.geometries[_geometry_key(height, width, divisor)] = geometry.to(self.position_embed.device)
+
+    def use_scan_backend(self, backend: ScanBackend) -> None:
+        """Run the selective scans of all blocks with `backend` from now on."""
+        self._scan_backend = backend
+        for module in self.modules():
+            if isinstance(module, VisualStateSpace):
+                module.scan_backend = backend
+
+    @property
+    def scan_backend(self) -> str:
+        """The name of the backend in use."""
+        return self._scan_backend.name
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict eps and, with `learn_sigma`, the variance logits.
+
+        Args:
+            hidden_states: noisy latents `(B, in_channels, H, W)`; H and W as `prepare_grid` accepts them.
+            timestep: `(B,)` or a scalar, in the training process' steps 0..999; fractions are allowed.
+            class_labels: `(B,)` int64, 0..num_classes, the last (or diffusers' 1000) being the null class,
+            which
+                None means for all rows.
+            return_dict: as everywhere in diffusers.
+
+        Returns:
+            `sample` `(B, out_channels, H, W)`: eps in the first half, variance logits in the second.
+        """
+        batch, _, height, width = hidden_states.shape
+        if class_labels is None:
+            class_labels = torch.full((batch,), self.null_label, device=hidden_states.device)
+        if not torch.compiler.is_compiling():
+            check_labels(class_labels, self.architecture.num_classes)
+        grids = self._grids(height // self.architecture.patch_size, width // self.architecture.patch_size)
+
+        # Embed
+        c = self.timestep_embed(timestep.expand(batch)) + self.label_embed(class_labels)  # (B, C)
+        x = self.patch_embed(hidden_states)  # (B, H/p, W/p, D)
+        x = x + resized_position_table(self.position_embed, *x.shape[1:3])
+
+        # Encoder
+        skips = []
+        for blocks, merging, stage in zip(
+            self.encoder, self.mergings, self.architecture.encoder_stages, strict=True
+        ):
+            x = _run(blocks, x, c, grids[stage.side_divisor])
+            skips.append(x)
+            x = merging(x)
+
+        # Middle
+        if len(self.middle):
+            x = x + _run(self.middle, x, c, grids[self.architecture.encoder_stages[-1].side_divisor])
+
+        # Decoder
+        for blocks, expanding, skip, stage in zip(
+            self.decoder, self.expandings, self.skips, self.architecture.decoder_stages, strict=True
+        ):
+            x = skip(expanding(x), skips.pop())
+            x = _run(blocks, x, c, grids[stage.side_divisor])
+
+        sample = self.final_layer(x, c)  # (B, out_channels, H, W)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _grids(self, height: int, width: int) -> dict[int, nn.Module]:
+        divisors = {stage.side_divisor for stage in self.architecture.encoder_stages}
+        if _geometry_key(height, width, 1) not in self.geometries:
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    f"token grid: {height} x {width} given; call prepare_grid({height}, {width}) before compiling"
+                )
+            self.prepare_grid(height, width)
+        return {divisor: self.geometries[_geometry_key(height, width, divisor)] for divisor in divisors}
+
+    @torch.no_grad()
+    def _initialize_weights(self) -> None:
+        """The released code's initial values: xavier linears, zero AdaLN, so that each block starts as the
+        identity.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.label_embed.embedding.weight, std=0.02)
+        nn.init.normal_(self.timestep_embed.linear_1.weight, std=0.02)
+        nn.init.normal_(self.timestep_embed.linear_2.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, VisualStateSpace):
+                module.initialize_weights()
+            elif isinstance(module, LaMambaBlock):
+                nn.init.zeros_(module.modulation.weight)
+                if module.has_attention:
+                    nn.init.trunc_normal_(module.attention.relative_position_bias, std=0.02)
+        nn.init.zeros_(self.final_layer.modulation.weight)
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        # diffusers reads the accepted fields off __init__'s signature; here their one home is LaMambaConfig.
+        return {field.name for field in dataclasses.fields(LaMambaConfig)} | {"self"}
+
+
+class FinalLayer(nn.Module):
+    """Tokens `(B, H/p, W/p, D)` and c to `(B, out_channels, H, W)`: patch expansion, AdaLN, linear."""
+
+    def __init__(self, config: LaMambaConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.expanding = PatchExpanding(width, width, factor=config.patch_size)
+        self.conditioning_proj = nn.Linear(config.conditioning_size, width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, config.out_channels)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = self.expanding(x)
+        vectors = self.modulation(F.silu(self.conditioning_proj(c)))[:, None, None]
+        shift, scale = vectors.chunk(2, dim=-1)  # (B, 1, 1, D) each
+        x = modulate(F.layer_norm(x, x.shape[-1:], eps=_FINAL_NORM_EPS), shift, scale)
+        return self.linear(x).movedim(-1, 1)
+
+
+def _run(blocks: nn.Module, x: Tensor, c: Tensor, geometry: nn.Module) -> Tensor:
+    for block in blocks.children():
+        x = block(x, c, geometry)
+    return x
+
+
+def _geometry_key(height: int, width: int, divisor: int) -> str:
+    return f"{height}x{width}/{divisor}"

@@ -1,0 +1,57 @@
+"""Selective scan, written to be read: the recurrence of Mamba (Gu & Dao 2023, algorithm 2) as a loop over
+tokens.
+
+Per direction k, channel and state, with token l the one that the path visits at its step, from h = 0:
+
+    dt  = softplus(delta_l + delta_bias)
+    h   = exp(dt * A) * h + dt * B_l * u_l
+    y_l = y_l + sum_n C_l[n] * h[n] + D * u_l
+
+This is the oracle of every other backend and of the gradients (autograd through the loop). It computes in
+fp32, in float64 for float64 inputs, and needs `path_length` sequential steps: too slow to serve with.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    paths: Tensor,
+) -> Tensor:
+    """The sum over directions of each token's scan output, `(batch, length, d_inner)` in fp32 (float64 if
+    given).
+
+    Args:
+        u: `(batch, length, d_inner)`, tokens in row-major order (no backend wants them permuted).
+        delta: `(batch, length, directions, d_inner)`, the step size before bias and softplus.
+        A: `(directions, d_inner, d_state)`, negative.
+        B, C: `(batch, length, directions, d_state)`, shared by the channels of a direction.
+        D: `(directions, d_inner)`.
+        delta_bias: `(directions, d_inner)`.
+        paths: `(directions, path_length)` int64, as `paths.scan_paths` makes them. A token that no step of a
+            direction visits gets nothing from that direction.
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u, delta, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
+    y = torch.zeros_like(u)
+    for k, path in enumerate(paths):
+        dt = F.softplus(delta[:, path, k] + delta_bias[k])  # (batch, path_length, d_inner)
+        u_k, B_k, C_k = u[:, path], B[:, path, k], C[:, path, k]
+        h = u.new_zeros(*u_k[:, 0].shape, A.shape[-1])  # (batch, d_inner, d_state)
+        outputs = []
+        for i in range(len(path)):
+            input_term = (dt[:, i] * u_k[:, i]).unsqueeze(-1) * B_k[:, i].unsqueeze(1)
+            h = torch.exp(dt[:, i].unsqueeze(-1) * A[k]) * h + input_term
+            outputs.append((h * C_k[:, i].unsqueeze(1)).sum(-1) + D[k] * u_k[:, i])
+        y = y.index_add(1, path, torch.stack(outputs, dim=1))
+    return y
