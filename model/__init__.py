@@ -1,6 +1,7 @@
-"""LaMamba-Diff: the network, its diffusion process, its autoencoder and its training; usable without the service.
+"""LaMamba-Diff: the network, its diffusion process, its autoencoder and its training.
 
-The names below load torch, so they resolve at first use: `import model` alone (as every command does) stays quick.
+The names below load torch, so they resolve at first use: `import model` alone, which every command does, is
+quick.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class LaMambaConfig:
     hidden_size: int = 96
     """D, the width of the first stage; a multiple of 4 (position table) and of `num_heads`."""
     depths: tuple[int, ...] = (2, 2, 2, 0)
-    """Blocks in each encoder stage; a last 0 gives the three-stage layout of S and B. Isotropic: one count."""
+    """Blocks in each encoder stage; a last 0 gives the three-stage layout of S and B; isotropic: one."""
     bottleneck_depth: int = 1
     """Blocks between encoder and decoder."""
     decoder_extra_block: bool = True

@@ -43,7 +43,7 @@ class GridGeometry(nn.Module):
             return
         if attention == "global" and max(height, width) > window_size:
             raise ValueError(
-                f"token grid: {height} x {width} given; global attention here accepts sides up to {window_size}"
+                f"token grid: {height} x {width} given; global attention accepts sides up to {window_size}"
             )
         self.window = (min(window_size, height), min(window_size, width))
         for side, window in zip((height, width), self.window, strict=True):

@@ -208,7 +208,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         if _geometry_key(height, width, 1) not in self.geometries:
             if torch.compiler.is_compiling():
                 raise ValueError(
-                    f"token grid: {height} x {width} given; call prepare_grid({height}, {width}) before compiling"
+                    f"token grid: {height} x {width} given; call prepare_grid for it before compiling"
                 )
             self.prepare_grid(height, width)
         return {divisor: self.geometries[_geometry_key(height, width, divisor)] for divisor in divisors}
