@@ -1,7 +1,7 @@
 """Training states on disk: written whole or not at all, and the newest whole one found again.
 
-A state is one file `state-<images>.pt`, written beside its final name, flushed to the disk and renamed. Older ones
-are removed only once the new one is durable.
+A state is one file `state-<images>.pt`, written beside its final name, flushed to the disk and renamed. Older
+ones are removed only once the new one is durable.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def save_state(folder: Path, images_seen: int, state: dict[str, Any], *, keep: i
 
 
 def load_newest_state(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The newest readable state of `folder`, or None. A damaged one is reported and the one before it taken."""
+    """The newest readable state of `folder`, or None. After a damaged one comes the one before it."""
     for path in _state_files(folder):
         try:
             state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)

@@ -1,16 +1,20 @@
 """A model folder as one loaded value, and the in-process sampler.
 
-The folder has diffusers' pipeline layout, so `DiTPipeline.from_pretrained` reads it too once LaMambaDiff is imported:
+The folder has diffusers' pipeline layout, so `DiTPipeline.from_pretrained` reads it too once LaMambaDiff is
+imported:
 
-    model_index.json   {"_class_name": "DiTPipeline", "id2label": {...}, ..., "lamamba": {"name": ..., "resolution": ...}}
-    transformer/       LaMambaDiff      vae/  AutoencoderKL      scheduler/  a DPMSolverMultistepScheduler's config
+    model_index.json   DiTPipeline's index with id2label, and our own entries under "lamamba"
+    transformer/       LaMambaDiff
+    vae/               AutoencoderKL
+    scheduler/         the configuration of a DPMSolverMultistepScheduler
 
-`generate` and the service run the same step function (`diffusion.step.denoise_step`) on the same noise, so they make
-the same images.
+`generate` and the service run the same step function (`diffusion.step.denoise_step`) on the same noise, so
+they make the same images.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -86,7 +90,7 @@ class LaMambaPipeline:
                 f"{network.architecture.in_channels}; they must be equal"
             )
         labels = _labels(path, index, network.architecture.num_classes)
-        network = network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        network = _moved(network, device=device, dtype=dtype).eval().requires_grad_(False)
         network.use_scan_backend(backend)
         own = index.get(_LAMAMBA_KEY, {})
         return cls(
@@ -163,7 +167,8 @@ class LaMambaPipeline:
     ) -> Tensor:
         """Images `(n, height, width, 3)` uint8, one for each label.
 
-        Image i is a function of (seeds[i], image_indices[i]) and of its own settings, whatever else is in the batch.
+        Image i is a function of (seeds[i], image_indices[i]) and of its own settings, whatever else is in the
+        batch.
 
         Args:
             class_labels: numbers as `class_index` gives them; all `null_label` for an unconditional model.
@@ -234,11 +239,13 @@ def save_model_folder(
     dtype: torch.dtype = torch.bfloat16,
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
 ) -> None:
-    """Write `network` (rounded to `dtype`), a copy of the autoencoder's folder and the labels as a model folder."""
+    """Write `network` (rounded to `dtype`), a copy of the autoencoder's folder and the labels as a model
+    folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    rounded = LaMambaDiff.from_config(network.config)
+    rounded = LaMambaDiff(**dataclasses.asdict(network.architecture))
     rounded.load_state_dict(network.state_dict())
-    rounded.to(dtype).save_pretrained(folder / "transformer", safe_serialization=True)
+    _moved(rounded, dtype=dtype).save_pretrained(folder / "transformer", safe_serialization=True)
     shutil.copytree(autoencoder, folder / "vae", dirs_exist_ok=True)
     scheduler = folder / "scheduler"
     scheduler.mkdir(exist_ok=True)
@@ -266,6 +273,11 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def _moved(network: LaMambaDiff, **where: Any) -> LaMambaDiff:
+    network.to(**where)  # type: ignore[call-arg]  # diffusers' decorator hides `self` from the checker
+    return network
+
+
 def _local_folder(folder: Path | str) -> Path:
     path = Path(folder)
     if path.is_dir():
@@ -288,22 +300,33 @@ def _read_index(path: Path) -> dict[str, Any]:
     return index
 
 
+def load_network(folder: Path | str) -> LaMambaDiff:
+    """The network of a model folder in fp32 on the CPU, whatever precision it is stored in."""
+    return LaMambaDiff.from_pretrained(
+        folder,
+        subfolder="transformer",
+        torch_dtype=torch.float32,
+        low_cpu_mem_usage=False,
+        use_safetensors=True,
+    )
+
+
 def _load_network(path: Path) -> LaMambaDiff:
     try:
-        return LaMambaDiff.from_pretrained(
-            path, subfolder="transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
-        )
+        return load_network(path)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{path / 'transformer'}: the network cannot be loaded: {_one_line(error)}") from error
+        raise ValueError(
+            f"{path / 'transformer'}: the network cannot be loaded: {_one_line(error)}"
+        ) from error
 
 
 def _labels(path: Path, index: dict[str, Any], num_classes: int) -> tuple[str, ...]:
     id2label = index.get("id2label") or {str(i): f"class {i}" for i in range(num_classes)}
-    if sorted(id2label, key=int) != [str(i) for i in range(num_classes)]:
+    if set(id2label) != {str(i) for i in range(num_classes)}:
         raise ValueError(
-            f"{path}: model_index.json labels {len(id2label)} classes; the network has {num_classes}, numbered from 0"
+            f"{path}: model_index.json labels {len(id2label)} classes; the network has {num_classes}"
         )
-    return tuple(str(id2label[str(i)]).split(",")[0] if num_classes == 1000 else str(id2label[str(i)]) for i in range(num_classes))
+    return tuple(str(id2label[str(i)]) for i in range(num_classes))
 
 
 def _file_hash(path: Path) -> str:

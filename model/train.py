@@ -1,11 +1,13 @@
 """Training LaMamba-Diff on latents: noise, network, loss, AdamW, EMA (paper section 4.1, DiT's recipe).
 
-Progress is counted in images. The random numbers of a step are a function of (seed, images seen) alone, so a resumed
-run continues exactly without stored generator states. Parameters, EMA and scan state are fp32; the network runs under
-bf16 autocast on CUDA. A step whose gradients are not finite changes nothing and is counted.
+Progress is counted in images. The random numbers of a step are a function of (seed, images seen) alone, so a
+resumed run continues exactly without stored generator states. Parameters, EMA and scan state are fp32; the
+network runs under bf16 autocast on CUDA. A step whose gradients are not finite changes nothing and is
+counted.
 
-A run's folder (`output_dir`) holds `config.json` (the resolved configuration), `states/` (resumable), `log.jsonl`, and
-at the end `model/`: the EMA weights as the folder that the service loads. The same command resumes.
+A run's folder (`output_dir`) holds `config.json` (the resolved configuration), `states/` (resumable),
+`log.jsonl`, and at the end `model/`: the EMA weights as the folder that the service loads. The same command
+resumes.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ from model.diffusion.loss import LossTables, diffusion_loss, q_sample
 from model.diffusion.schedule import NoiseSchedule
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
-from model.pipeline import save_model_folder
+from model.pipeline import load_network, save_model_folder
 
 logger = logging.getLogger(__name__)
 
+_FIXED_FIELDS = ("network", "resolution", "num_views", "batch_size", "seed")
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that seeds and image counts never meet in one generator seed
 
 
@@ -55,7 +58,8 @@ class TrainConfig:
     resolution: int
     """Side of the training images in pixels."""
     network: dict[str, Any] = field(default_factory=dict)
-    """Fields of LaMambaConfig; `preset: S|B|L|XL` may stand among them. `num_classes` follows from the data."""
+    """Fields of LaMambaConfig; `preset: S|B|L|XL` may stand among them. `num_classes` follows from the data.
+    """
     num_views: int = 200_000
     """Views of `places` in the latents cache."""
     num_images: int = 1_000_000
@@ -102,12 +106,15 @@ class TrainConfig:
             raise ValueError(f"ema_decay: {self.ema_decay} given; 0 to below 1 is accepted")
         if self.learning_rate_schedule not in ("constant", "cosine"):
             raise ValueError(
-                f"learning_rate_schedule: {self.learning_rate_schedule!r} given; constant or cosine is accepted"
+                f"learning_rate_schedule: {self.learning_rate_schedule!r} given; "
+                "constant or cosine is accepted"
             )
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """A configuration from plain values, as a recipe holds them; unknown and missing fields raise ValueError."""
+        """A configuration from plain values, as a recipe holds them; unknown and missing fields raise
+        ValueError.
+        """
         known = {f.name: f for f in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
@@ -142,8 +149,8 @@ class Trainer:
         self.skipped_steps = torch.zeros((), device=self.device)
         self.tables = LossTables.from_schedule(NoiseSchedule.linear(), self.device)
         self.ema = copy.deepcopy(network).requires_grad_(False).eval()
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self._ema_parameters = list(self.ema.parameters())
+        self.parameters: list[Tensor] = list(network.parameters())
+        self._ema_parameters: list[Tensor] = list(self.ema.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -223,7 +230,9 @@ class Trainer:
 
 
 def train(config: TrainConfig, *, device: torch.device | str | None = None) -> Path | None:
-    """Run, or go on with, the run of `config`; the exported model folder, or None when `stop_after_s` came first."""
+    """Run, or go on with, the run of `config`; the exported model folder, or None when `stop_after_s` came
+    first.
+    """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -232,7 +241,9 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
     with _progress() as progress:
         places = Places.load(device=device)
         autoencoder = Autoencoder.load(
-            config.autoencoder, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+            config.autoencoder,
+            device=device,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         )
         data = places_latents(
             places,
@@ -248,7 +259,11 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
         return None
     folder = output_dir / "model"
     save_model_folder(
-        folder, network=trainer.ema, autoencoder=Path(config.autoencoder), labels=places.labels, name=config.name
+        folder,
+        network=trainer.ema,
+        autoencoder=Path(config.autoencoder),
+        labels=places.labels,
+        name=config.name,
     )
     logger.info("exported %s after %d images", folder, trainer.images_seen)
     return folder
@@ -263,14 +278,13 @@ def _start(config: TrainConfig, data: LatentCache, places: Places, device: torch
     torch.manual_seed(config.seed)
     network = LaMambaDiff(**dataclasses.asdict(architecture))
     if config.initial_weights is not None:
-        network = LaMambaDiff.from_pretrained(
-            config.initial_weights, subfolder="transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False
-        )
+        network = load_network(config.initial_weights)
         if network.architecture != architecture:
             raise ValueError(
-                f"initial_weights: {config.initial_weights} holds {network.architecture}; {architecture} is accepted"
+                f"initial_weights: {config.initial_weights} holds {network.architecture}; "
+                f"{architecture} is accepted"
             )
-    network.to(device)
+    network.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides `self` from the checker
     network.use_scan_backend(resolve_scan_backend(config.scan_backend, device))
     trainer = Trainer(config, data, network.train())
     logger.info(
@@ -330,14 +344,12 @@ def _write_config(config: TrainConfig, path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         old = json.loads(path.read_text(encoding="utf-8"))
         new = json.loads(json.dumps(dataclasses.asdict(config)))
-        changed = [
-            key for key in ("network", "resolution", "batch_size", "seed", "autoencoder") if old.get(key) != new[key]
-        ]
-        if changed:
-            raise ValueError(
-                f"output_dir: {path.parent} holds a run with another {changed[0]} ({old.get(changed[0])!r}, now "
-                f"{new[changed[0]]!r}); choose another folder or the old value"
-            )
+        for key in _FIXED_FIELDS:
+            if old.get(key) != new[key]:
+                raise ValueError(
+                    f"{key}: {new[key]!r} given; the run in {path.parent} was started with {old.get(key)!r}, "
+                    "continue with that or choose another output_dir"
+                )
     path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
 
 

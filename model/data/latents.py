@@ -1,8 +1,8 @@
 """The latents cache: posterior moments of rendered views, encoded once, kept whole on the training device.
 
-A view costs 2 * 4 * (size / 8)^2 fp16 values: 4 KiB at 128 px, 16 KiB at 256 px, so 200,000 views at 256 px take 3.3 GB.
-Every batch samples the posterior afresh. The cache file's name holds a digest of all that it depends on, so a
-changed autoencoder or size never meets an old cache.
+A view costs 2 * 4 * (size / 8)^2 fp16 values: 4 KiB at 128 px, 16 KiB at 256 px, so 200,000 views at 256 px
+take 3.3 GB. Every batch samples the posterior afresh. The cache file's name holds a digest of all that it
+depends on, so a changed autoencoder or size never meets an old cache.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LatentCache:
         return len(self.labels)
 
     def sample(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Scaled latents `(batch_size, C, h, w)` fp32 and their labels, drawn by torch's default generator."""
+        """Scaled latents `(batch_size, C, h, w)` fp32 and labels, by torch's default generator."""
         index = torch.randint(len(self), (batch_size,), device=self.labels.device)
         moments = self.moments[index].float()
         noise = torch.randn_like(moments.chunk(2, dim=1)[0])
@@ -54,7 +54,9 @@ def places_latents(
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> LatentCache:
-    """Latents of the views `first_view_id ..` at `size` pixels, read from `folder` or encoded and written there."""
+    """Latents of the views `first_view_id ..` at `size` pixels, read from `folder` or encoded and written
+    there.
+    """
     key = json.dumps(
         {
             "autoencoder": autoencoder.weights_hash,
@@ -73,7 +75,9 @@ def places_latents(
         return LatentCache(tensors["moments"], tensors["labels"], autoencoder)
 
     moments, labels = [], []
-    task = progress.add_task(f"encoding {num_views} views at {size} px", total=num_views) if progress else None
+    task = (
+        progress.add_task(f"encoding {num_views} views at {size} px", total=num_views) if progress else None
+    )
     for start in range(0, num_views, batch_size):
         ids = torch.arange(start, min(start + batch_size, num_views), device=device) + first_view_id
         images, classes = places.render(ids, size)

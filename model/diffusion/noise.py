@@ -85,8 +85,8 @@ def gaussian_noise(
 def _words(seeds: Tensor, streams: Tensor, draws: Tensor, num_blocks: int) -> Tensor:
     """Random words (n, num_blocks, 4) int64 of each generator's draw."""
     seeds, streams, draws = seeds[:, None], streams[:, None], draws[:, None]  # (n, 1)
-    # The mask changes no value: it keeps compilers from merging the range into the first multiplication, as an
-    # index computed in 32 bits, where it would overflow.
+    # The mask changes no value: it keeps compilers from merging the range into the first multiplication, as
+    # an index computed in 32 bits, where it would overflow.
     block = torch.arange(num_blocks, device=seeds.device)[None] & _WORD  # (1, blocks)
     counter = (block, draws & _WORD, streams & _WORD, streams >> 32)
     return torch.stack(philox4x32(counter, (seeds & _WORD, seeds >> 32)), dim=-1)

@@ -257,8 +257,8 @@ def _ddim_columns(schedule: NoiseSchedule, eta: float) -> dict[Coefficient, Floa
 def _dpm_solver_columns(schedule: NoiseSchedule) -> dict[Coefficient, Float64Array]:
     """x_next = sigma_next / sigma * x + k * ((1 + w) * x0 - w * history).
 
-    h is the step in half log SNR, k = alpha_next * (1 - exp(-h)), and w = h / (2 h_before), but 0 for a step of
-    first order.
+    h is the step in half log SNR, k = alpha_next * (1 - exp(-h)), and w = h / (2 h_before), but 0 for a step
+    of first order.
     """
     a, ap = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     shrink = np.sqrt((1.0 - ap) / (1.0 - a))

@@ -1,4 +1,6 @@
-"""The shipped models: LaMamba-Diff trained on `places`, one folder a resolution, in diffusers' pipeline layout."""
+"""The shipped models: LaMamba-Diff trained on `places`, one folder a resolution, in diffusers' pipeline
+layout.
+"""
 
 from __future__ import annotations
 

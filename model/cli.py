@@ -1,0 +1,117 @@
+"""The commands of `model/`: train, sample, convert, info. The service's `lamamba` adds serve to them.
+
+Commands import what they need when they run, so that `--help` and mistakes in arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Train, sample, convert and inspect LaMamba-Diff models.",
+)
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn a ValueError, which names what was given and what is accepted, into one line and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.secho(f"lamamba: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command(
+    epilog="Examples:  lamamba train --config places-128   |   "
+    "lamamba train --config my.yaml learning_rate=1e-4 network.hidden_size=64"
+)
+def train(
+    config: Annotated[str, typer.Option(help="A recipe's name (places-128, places-256) or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields to replace, as key=value.", metavar="[KEY=VALUE]...")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default CUDA if there.")] = None,
+) -> None:
+    """Train a network on latents; the same command resumes an interrupted run."""
+    from model.recipes import load_recipe
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    with usage_errors():
+        fields = load_recipe(config, overrides)
+        from model.train import TrainConfig
+        from model.train import train as run
+
+        folder = run(TrainConfig.from_dict(fields), device=device)
+    if folder is None:
+        typer.echo("stopped in time; the same command goes on")
+    else:
+        typer.echo(f"{folder}: ready for `lamamba serve --models {folder}`")
+
+
+@app.command(
+    epilog="Examples:  lamamba info --preset XL --resolution 512   |   lamamba info --model DIR --json   |   "
+    "lamamba info --paper"
+)
+def info(
+    preset: Annotated[str, typer.Option(help="S, B, L or XL.")] = "XL",
+    resolution: Annotated[int, typer.Option(help="Pixels a side, under an f8 autoencoder.")] = 256,
+    d_state: Annotated[int, typer.Option(help="N, the SSM's state size.")] = 1,
+    model: Annotated[Path | None, typer.Option(help="A model folder instead of a preset.")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="All of the paper's models and variants.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count the parameters and multiply-adds of a network, beside the paper's figures."""
+    with usage_errors():
+        if resolution < 8 or resolution % 8:
+            raise ValueError(f"resolution: {resolution} given; a multiple of 8 pixels is accepted")
+        from model.config import LaMambaConfig
+        from model.network.macs import describe, paper_table
+
+        if paper:
+            rows = paper_table()
+            typer.echo(json.dumps(rows, indent=2) if as_json else _table(rows))
+            return
+        if model is not None:
+            try:
+                fields = json.loads((model / "transformer" / "config.json").read_text(encoding="utf-8"))
+            except (OSError, json.JSONDecodeError) as error:
+                raise ValueError(f"model: {model} is not a model folder ({error})") from error
+            config = LaMambaConfig.from_saved(fields)
+        else:
+            config = LaMambaConfig.preset(preset, sample_size=resolution // 8, d_state=d_state)
+        description = describe(config)
+    if as_json:
+        typer.echo(json.dumps(description, indent=2))
+    else:
+        typer.echo(_table([description]))
+
+
+def _table(rows: list[dict[str, object]]) -> str:
+    """Rows of one shape as an aligned text table; nested values are left to --json."""
+    columns = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))
+        for line in [columns, *cells]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "-" if value is None else str(value)
