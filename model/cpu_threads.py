@@ -1,7 +1,8 @@
 """How many CPU threads this process may really use.
 
-In a container `os.cpu_count()` is the host's: 64 threads on a quota of 2 cores are throttled most of the time. What
-counts is the smallest of: the process' affinity mask, and the quota of its cgroup and of every cgroup above it,
+In a container `os.cpu_count()` is the host's: 64 threads on a quota of 2 cores are throttled most of the
+time. What counts is the smallest of: the process' affinity mask, and the quota of its cgroup and of every
+cgroup above it,
     cgroup v2   cpu.max            "QUOTA PERIOD", or "max PERIOD" for none
     cgroup v1   cpu.cfs_quota_us / cpu.cfs_period_us, quota -1 for none
 """
@@ -21,8 +22,8 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 def available_cpu_threads(root: Path = _CGROUP_ROOT, membership: Path = _MEMBERSHIP) -> int:
     """Threads that may run at once, at least 1.
 
-    A quota is rounded down (1.5 cores: 1 thread): a thread more would stop all of them for a part of each period,
-    and the rest is of use to the event loop.
+    A quota is rounded down (1.5 cores: 1 thread): a thread more would stop all of them for a part of each
+    period, and the rest is of use to the event loop.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [_quota(folder) for folder in _cgroup_folders(root, membership)]
@@ -33,8 +34,8 @@ def available_cpu_threads(root: Path = _CGROUP_ROOT, membership: Path = _MEMBERS
 def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
     """The folders of this process' cgroups that govern CPU time, innermost first, with all above them.
 
-    A container sees its own cgroup at the mount's root, whatever path the host calls it: a path that does not exist
-    below `root` is no reason to give up, only to look at its parents.
+    A container sees its own cgroup at the mount's root, whatever path the host calls it: a path that does
+    not exist below `root` is no reason to give up, only to look at its parents.
     """
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()

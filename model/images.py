@@ -1,9 +1,9 @@
 """Pixels to files: PNG, JPEG and WebP with the settings that made the picture, and grids of pictures.
 
-What a file carries (`image_metadata` names it): seed, image index, class, cfg, steps, sampler, weights hash. A
-PNG has one text chunk a key, readable by any viewer; JPEG and WebP have no text chunks and carry the same keys as
-one JSON object in the EXIF field UserComment. `read_metadata` reads all three back.
-Pillow and numpy alone: importing this costs no torch.
+What a file carries (`image_metadata` names it): seed, image index, class, cfg, steps, sampler, weights
+hash. A PNG has one text chunk a key, readable by any viewer; JPEG and WebP have no text chunks and carry
+the same keys as one JSON object in the EXIF field UserComment. `read_metadata` reads all three back. Pillow
+and numpy alone: importing this costs no torch.
 """
 
 from __future__ import annotations

@@ -1,21 +1,24 @@
-"""What can go wrong, in one tree. The class carries the HTTP status and a stable `code`; one handler renders them all.
+"""What can go wrong, in one tree. The class carries the HTTP status and a stable `code`; one handler
+renders them all.
 
-    LaMambaServiceError            500 internal_error
-    |-- RequestError               400 bad_request            the client's to mend
-    |   |-- InvalidJSON            400 invalid_json
-    |   |-- NotFound               404 not_found
-    |   |-- MethodNotAllowed       405 method_not_allowed
-    |   |-- PayloadTooLarge        413 payload_too_large
-    |   |-- UnsupportedMediaType   415 unsupported_media_type
-    |   `-- InvalidField           422 invalid_field          names field, value and what is accepted
-    |       `-- UnknownField       422 unknown_field
-    |-- Retryable                  503 unavailable            the same request may succeed later: Retry-After
-    |   |-- QueueFull              429 queue_full
-    |   |-- NotReady               503 not_ready
-    |   |-- Draining               503 draining
-    |   `-- EngineStopped          503 engine_stopped
-    |-- GenerationFailed           500 generation_failed      this request's work failed; others go on
-    `-- StartupError               never sent: the process ends with exit code 2 and the message
+ServiceError                   500 internal_error
+|-- RequestError               400 bad_request            the client's to mend
+|   |-- InvalidJSON            400 invalid_json
+|   |-- NotFound               404 not_found
+|   |-- MethodNotAllowed       405 method_not_allowed
+|   |-- BodyTimeout            408 body_timeout
+|   |-- PayloadTooLarge        413 payload_too_large
+|   |-- UnsupportedMediaType   415 unsupported_media_type
+|   `-- InvalidField           422 invalid_field          names field, value and what is accepted
+|       `-- UnknownField       422 unknown_field
+|-- Retryable                  503 unavailable            the same request may succeed later: Retry-After
+|   |-- QueueFull              429 queue_full
+|   |-- NotReady               503 not_ready
+|   |-- Draining               503 draining
+|   `-- EngineStopped          503 engine_stopped
+`-- GenerationFailed           500 generation_failed      this request's work failed; others go on
+
+StartupError is never sent: the process ends with exit code 2 and its one line.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ import math
 from typing import Any, ClassVar
 
 __all__ = [
+    "BodyTimeout",
     "Draining",
     "EngineStopped",
     "GenerationFailed",
     "InvalidField",
     "InvalidJSON",
-    "LaMambaServiceError",
     "MethodNotAllowed",
     "NotFound",
     "NotReady",
@@ -38,6 +41,7 @@ __all__ = [
     "QueueFull",
     "RequestError",
     "Retryable",
+    "ServiceError",
     "StartupError",
     "UnknownField",
     "UnsupportedMediaType",
@@ -47,7 +51,7 @@ __all__ = [
 _SHOWN_CHARACTERS = 80
 
 
-class LaMambaServiceError(Exception):
+class ServiceError(Exception):
     """An error with a status, a code that programs may rely on, and a message for people."""
 
     status: ClassVar[int] = 500
@@ -62,7 +66,7 @@ class LaMambaServiceError(Exception):
         return {}
 
 
-class RequestError(LaMambaServiceError):
+class RequestError(ServiceError):
     """The request cannot be served as it is."""
 
     status = 400
@@ -94,6 +98,13 @@ class MethodNotAllowed(RequestError):
 
     def headers(self) -> dict[str, str]:
         return {"Allow": self.allow} if self.allow else {}
+
+
+class BodyTimeout(RequestError):
+    """The body did not come in time."""
+
+    status = 408
+    code = "body_timeout"
 
 
 class PayloadTooLarge(RequestError):
@@ -135,7 +146,7 @@ class UnknownField(InvalidField):
         super().__init__(field, value, accepted, by="this request")
 
 
-class Retryable(LaMambaServiceError):
+class Retryable(ServiceError):
     """Nothing is wrong with the request; the server cannot take it now."""
 
     status = 503
@@ -174,7 +185,7 @@ class EngineStopped(Retryable):
     code = "engine_stopped"
 
 
-class GenerationFailed(LaMambaServiceError):
+class GenerationFailed(ServiceError):
     """The work of one request failed on the device; its neighbours go on."""
 
     code = "generation_failed"
@@ -194,7 +205,7 @@ def shown(value: object) -> str:
 
 
 def _json_value(value: object) -> object:
-    """A value as an error body repeats it: numbers and short strings as they are, all else as its shown form."""
+    """A value as an error body repeats it: numbers and short strings as they are, else as shown."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, float):

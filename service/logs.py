@@ -1,7 +1,8 @@
 """Log records with the id of the request that they belong to, plain or as JSON, one a line.
 
-The id lives in a context variable, so code below the HTTP layer logs it without being handed it. Threads of the
-engine serve many requests at once and name the id in the record themselves (`extra={"request_id": ...}`).
+The id lives in a context variable, so code below the HTTP layer logs it without being handed it. Threads of
+the engine serve many requests at once and name the id in the record themselves (`extra={"request_id":
+...}`).
 """
 
 from __future__ import annotations

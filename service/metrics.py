@@ -1,10 +1,10 @@
 """What the server counts and times, for Prometheus. Names are vLLM's with the prefix `lamamba_`.
 
     request -> queue -> denoise -> decode -> encode -> response
-               `------ lamamba_stage_latency_seconds{stage} -----'  and  lamamba_e2e_request_latency_seconds for all
+               '-- lamamba_stage_latency_seconds{stage} --'   all of it: lamamba_e2e_request_latency_seconds
 
-A `Metrics` owns its registry, so that a process (or a test) can hold several servers. Label values come from fixed
-sets: nothing that a client sends becomes a label.
+A `Metrics` owns its registry, so that a process (or a test) can hold several servers. Label values come
+from fixed sets: nothing that a client sends becomes a label.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Metrics:
         self.rows = self._counter("rows", "Rows denoised: network evaluations of one image.")
         self.rejections = self._counter("rejections", "Requests turned away, by error code.", "code")
         self.cancellations = self._counter("cancellations", "Requests whose client left before the answer.")
-        self.failures = self._counter("failures", "Requests that were accepted and failed, by stage.", "stage")
+        self.failures = self._counter(
+            "failures", "Requests that were accepted and failed, by stage.", "stage"
+        )
 
         self.e2e_request_latency = self._histogram(
             "e2e_request_latency_seconds", "From a request's arrival to its answer.", _SECONDS
@@ -76,14 +78,18 @@ class Metrics:
         self.stage_latency = self._histogram(
             "stage_latency_seconds", "Time a request spent in a stage.", _SECONDS, "stage"
         )
-        self.step_latency = self._histogram("step_latency_seconds", "Time of a denoising step.", _STEP_SECONDS)
+        self.step_latency = self._histogram(
+            "step_latency_seconds", "Time of a denoising step.", _STEP_SECONDS
+        )
         self.step_rows = self._histogram("step_rows", "Rows of a denoising step.", _ROWS)
 
         self._gauge("images_per_second", "Images finished a second, over the last minute.").set_function(
             self.image_rate.per_second
         )
         self._requests_running = self._gauge("num_requests_running", "Requests with work on the device.")
-        self._requests_waiting = self._gauge("num_requests_waiting", "Requests none of whose images has started.")
+        self._requests_waiting = self._gauge(
+            "num_requests_waiting", "Requests none of whose images has started."
+        )
         self._images_waiting = self._gauge("queue_images", "Images that wait for a slot.")
         for stage in STAGES:
             self.stage_latency.labels(stage)  # shown from the start, with zeros

@@ -1,7 +1,7 @@
 """Every setting of the server, read once from `LAMAMBA_*` environment variables or given by the command line.
 
-A variable that starts with LAMAMBA_ and is no setting stops the start: a misspelt limit must not pass silently for
-the default one. Nothing here imports torch.
+A variable that starts with LAMAMBA_ and is no setting stops the start: a misspelt limit must not pass
+silently for the default one. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Settings(BaseSettings):
         0, ge=0, le=1024, description="CPU threads of the network; 0: as many as the cgroup's quota allows."
     )
     max_rows: int = Field(
-        0, ge=0, le=4096, description="Network rows a step (a guided image takes 2); 0: 16 on CPU, 128 on CUDA."
+        0,
+        ge=0,
+        le=4096,
+        description="Network rows a step (a guided image takes 2); 0: 16 on CPU, 128 on CUDA.",
     )
     max_queue_images: int = Field(256, ge=1, le=1_000_000, description="Images that may wait; beyond: 429.")
     max_images_per_request: int = Field(16, ge=1, le=1024, description="Largest num_images of a request.")
-    default_cfg_scale: float = Field(
-        2.5, ge=1.0, le=20.0, allow_inf_nan=False, description="cfg_scale of a request that gives none."
-    )
     max_body_bytes: int = Field(65_536, ge=256, le=2**30, description="Largest request body; beyond: 413.")
     body_timeout_s: float = Field(
         30.0, gt=0, allow_inf_nan=False, description="Time a client has to send its body, in seconds."
@@ -110,5 +110,5 @@ def _reject_unknown_variables(environ: Mapping[str, str]) -> None:
     for variable in sorted(environ):
         if variable.upper().startswith(ENVIRONMENT_PREFIX) and variable.upper() not in known:
             near = difflib.get_close_matches(variable.upper(), sorted(known), n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"settings are {', '.join(sorted(known))}"
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
             raise StartupError(f"{variable}: no such setting; {hint}")

@@ -1,4 +1,4 @@
-"""What the engine needs of a loaded model: `model.pipeline.LaMambaPipeline` has it, and so has a test's fake."""
+"""What the engine needs of a loaded model: `LaMambaPipeline` has it, and so has a test's fake."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import torch
 
     from model.diffusion.schedule import NoiseSchedule
+    from model.diffusion.step import DenoisingNetwork
 
 __all__ = ["ServedPipeline"]
 
@@ -18,7 +19,7 @@ class ServedPipeline(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def network(self) -> torch.nn.Module: ...
+    def network(self) -> DenoisingNetwork: ...
     @property
     def schedule(self) -> NoiseSchedule: ...
     @property
@@ -33,6 +34,8 @@ class ServedPipeline(Protocol):
     def latent_shape(self) -> tuple[int, int, int]: ...
     @property
     def guidance_channels(self) -> int | None: ...
+    @property
+    def default_guidance_scale(self) -> float: ...
     @property
     def weights_hash(self) -> str: ...
     @property

@@ -2,8 +2,8 @@
 
     GenerationRequest   what is asked for, validated; never changes
     ImageJob            one image of it: its place in the scheduler and its step
-    Ticket              the engine's side of one accepted request: its jobs, the future of each image, and when what
-                        happened; whoever holds it waits for the futures
+    Ticket              the engine's side of one accepted request: its jobs, the future of each image, and
+                        when what happened; whoever holds it waits for the futures
 
 Nothing here holds a tensor, a queue or a lock.
 """
@@ -69,13 +69,15 @@ class ImageJob:
 class Ticket:
     """One accepted request. Its futures are settled exactly once each; later attempts change nothing.
 
-    The moments are readings of the engine's clock, in seconds: submitted, first image on the device, last image
-    denoised, last image decoded.
+    The moments are readings of the engine's clock, in seconds: submitted, first image on the device, last
+    image denoised, last image decoded.
     """
 
     def __init__(self, request: GenerationRequest, *, submitted_at: float) -> None:
         self.request = request
-        self.jobs = tuple(ImageJob(self, request.image_index + offset) for offset in range(request.num_images))
+        self.jobs = tuple(
+            ImageJob(self, request.image_index + offset) for offset in range(request.num_images)
+        )
         self.submitted_at = submitted_at
         self.started_at: float | None = None
         self.denoised_at: float | None = None

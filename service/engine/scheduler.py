@@ -2,13 +2,14 @@
 
     lane    one model at one resolution: only its images can share a network call
     slot    a place for one image's latents in a lane; an image holds it from its first step to its last
-    row     one network evaluation: a guided image costs two a step, an unguided one; a step has at most `max_rows`
+    row     one network evaluation: two a step for a guided image, else one; a step has at most `max_rows`
 
-Between requests of a lane, free slots are given in turn (round robin), so that one image does not wait behind sixteen
-of another client; an image that does not fit the rows left is not overtaken by a smaller one. Between lanes, the turn
-goes to the one with the least virtual time, which is device time used, with no credit for having been idle
-(start-time fair queueing, Goyal et al. 1996): n busy lanes get 1/n of the device each, whatever their steps cost, and
-a lane waits at most for a step of each other lane and its own lead, which is one step.
+Between requests of a lane, free slots are given in turn (round robin), so that one image does not wait
+behind sixteen of another client; an image that does not fit the rows left is not overtaken by a smaller
+one. Between lanes, the turn goes to the one with the least virtual time, which is device time used, with no
+credit for having been idle (start-time fair queueing, Goyal et al. 1996): n busy lanes get 1/n of the
+device each, whatever their steps cost, and a lane waits at most for a step of each other lane and its own
+lead, which is one step.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ __all__ = ["PlannedStep", "Scheduler"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStep:
-    """The next step: `jobs` of one lane; those in `admitted` take their first one and need their slot filled."""
+    """The next step: every image of `lane` that holds a slot."""
 
     lane: str
     jobs: tuple[ImageJob, ...]
-    admitted: tuple[ImageJob, ...]
 
     @property
     def num_rows(self) -> int:
@@ -90,8 +90,9 @@ class Scheduler:
             return None
         lane = min(candidates, key=lambda candidate: candidate.virtual_time_s)
         self._virtual_time_s = lane.virtual_time_s
-        admitted = tuple(self._fill_slots(lane)) if admit else ()
-        return PlannedStep(lane=lane.name, jobs=tuple(lane.active.values()), admitted=admitted)
+        if admit:
+            self._fill_slots(lane)
+        return PlannedStep(lane=lane.name, jobs=tuple(lane.active.values()))
 
     def charge(self, lane: str, seconds: float) -> None:
         """Book device time that a step of `lane` took."""
@@ -111,8 +112,7 @@ class Scheduler:
             self.release(job)
         return len(self._lanes[ticket.request.model].waiting.pop(ticket, ()))
 
-    def _fill_slots(self, lane: _Lane) -> list[ImageJob]:
-        admitted: list[ImageJob] = []
+    def _fill_slots(self, lane: _Lane) -> None:
         rows_left = self.max_rows - lane.num_rows
         while lane.waiting and lane.free_slots:
             ticket, jobs = next(iter(lane.waiting.items()))
@@ -121,10 +121,8 @@ class Scheduler:
             job = jobs.popleft()
             job.slot = lane.free_slots.pop()
             lane.active[job.slot] = job
-            admitted.append(job)
             rows_left -= job.request.rows_per_image
             if jobs:
                 lane.waiting.move_to_end(ticket)
             else:
                 del lane.waiting[ticket]
-        return admitted

@@ -1,4 +1,4 @@
-"""model/cpu_threads.py: if this fails, a container with 2 cores of a large host starts 64 threads and crawls."""
+"""model/cpu_threads.py: if this fails, a container on 2 cores of 64 starts 64 threads and crawls."""
 
 from __future__ import annotations
 
