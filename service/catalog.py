@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from model.diffusion.samplers import SAMPLERS
 from model.images import IMAGE_FORMATS
+from model.limits import DEFAULT_STEPS, GUIDANCE_SCALE_RANGE, MAX_IMAGE_INDEX, MAX_SEED
 from service.engine.request import GenerationRequest
 from service.errors import InvalidField
 
@@ -22,12 +22,7 @@ if TYPE_CHECKING:
     from service.api.schemas import GenerateRequest
     from service.engine.pipeline import ServedPipeline
 
-__all__ = ["DEFAULT_STEPS", "GUIDANCE_SCALE_RANGE", "MAX_SEED", "Catalog", "ServedModel"]
-
-GUIDANCE_SCALE_RANGE: Final = (1.0, 20.0)
-MAX_SEED: Final = 2**63 - 1
-MAX_IMAGE_INDEX: Final = 2**31 - 1
-DEFAULT_STEPS: Final[Mapping[str, int]] = {"ddpm": 250, "ddim": 50, "dpm++": 20}
+__all__ = ["Catalog", "ServedModel"]
 
 _RANDOM_SEEDS: Final = 2**32  # drawn seeds stay exact in every JSON reader and are short enough to type
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.images import ImageFormat
-from service.catalog import MAX_IMAGE_INDEX, MAX_SEED
+from model.limits import MAX_IMAGE_INDEX, MAX_SEED
 
 __all__ = ["ErrorBody", "ErrorDetail", "GenerateRequest", "GenerateResponse", "GeneratedImage"]
 
