@@ -274,7 +274,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _moved(network: LaMambaDiff, **where: Any) -> LaMambaDiff:
-    network.to(**where)  # type: ignore[call-arg]  # diffusers' decorator hides `self` from the checker
+    network.to(**where)
     return network
 
 

@@ -85,7 +85,7 @@ def places_latents(
         labels.append(classes)
         if progress and task is not None:
             progress.update(task, advance=len(ids))
-    tensors = {"moments": torch.cat(moments), "labels": torch.cat(labels)}
+    tensors = {"moments": torch.cat(moments).contiguous(), "labels": torch.cat(labels)}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"key": key})

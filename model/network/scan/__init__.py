@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.network.scan import reference, vectorized
+from model.network.scan import mamba_cuda, reference, triton_scan, vectorized
 from model.network.scan.paths import scan_paths
 
 __all__ = ["SCAN_BACKENDS", "ScanBackend", "resolve_scan_backend", "scan_paths"]
 
 SelectiveScan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
-SCAN_BACKENDS: tuple[str, ...] = ("reference", "vectorized")
+SCAN_BACKENDS: tuple[str, ...] = ("reference", "vectorized", "mamba_cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,29 @@ def resolve_scan_backend(name: str = "auto", device: torch.device | str = "cpu")
     Raises ValueError for an unknown name, and for a backend that this machine cannot run, saying what it
     needs.
     """
+    on_cuda = torch.device(device).type == "cuda"
     if name == "auto":
         name = "vectorized"
+        if on_cuda:
+            name = (
+                "triton"
+                if triton_scan.is_available()
+                else "mamba_cuda"
+                if mamba_cuda.is_available()
+                else name
+            )
     if name == "reference":
         return ScanBackend(name, reference.selective_scan)
     if name == "vectorized":
         return ScanBackend(name, vectorized.selective_scan)
+    if name == "mamba_cuda":
+        if not (on_cuda and mamba_cuda.is_available()):
+            raise ValueError(
+                "scan_backend: 'mamba_cuda' given; it needs a CUDA device and the package mamba-ssm"
+            )
+        return ScanBackend(name, mamba_cuda.selective_scan)
+    if name == "triton":
+        if not triton_scan.is_available():
+            raise ValueError("scan_backend: 'triton' given; it needs a CUDA device and the package triton")
+        return ScanBackend(name, triton_scan.selective_scan)
     raise ValueError(f"scan_backend: {name!r} given; auto or one of {', '.join(SCAN_BACKENDS)} is accepted")
