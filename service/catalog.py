@@ -1,8 +1,7 @@
 """The models that this process serves, their limits, and the one place where a request's fields become work.
 
-Limits have one home: the model folder gives classes, resolution and training steps; `GUIDANCE_SCALE_RANGE`
-and the settings give the rest. Validation, error messages, `/v1/models` and the OpenAPI schema read them
-here.
+Limits have one home: the model folder gives classes, resolution and training steps; `model.limits` and the
+settings give the rest. Validation, error messages and `/v1/models` read them here.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def root(
 
 
 @app.command(
-    epilog="Examples:  lamamba serve   |   lamamba serve --models my-model --models org/hub-model --port 8080   "
-    "|   LAMAMBA_MAX_ROWS=64 lamamba serve --device cuda"
+    epilog="Examples:  lamamba serve   |   lamamba serve --models folder --models org/name --port 8080   |   "
+    "LAMAMBA_MAX_ROWS=64 lamamba serve --device cuda"
 )
 def serve(
     models: Annotated[

@@ -1,7 +1,7 @@
 """The process around the app: the socket, uvicorn, and what signals do.
 
-SIGTERM or SIGINT   readiness goes false and new requests get 503, while probes are still answered and accepted
-                    work is finished, for at most `drain_timeout_s`; then the process ends with 0
+SIGTERM or SIGINT   readiness goes false and new requests get 503, while probes are still answered and
+                    accepted work is finished, for at most `drain_timeout_s`; then the process ends with 0
 a second one        ends it at once
 """
 

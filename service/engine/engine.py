@@ -168,8 +168,8 @@ class Engine:
         failures = self._run(plan)
         seconds = self._clock() - started
         self._scheduler.charge(plan.lane, seconds)
-        self._postprocess(plan, failures)
         self._observe(plan, seconds)
+        self._postprocess(plan, failures)
         return True
 
     def _run_forever(self) -> None:

@@ -19,7 +19,7 @@ ClientFactory = Callable[..., TestClient]
 
 @pytest.fixture
 def client_of() -> Iterator[ClientFactory]:
-    """Makes clients of servers, each with its own models and settings, and ends the servers after the test."""
+    """Makes clients of servers, each with its own models and settings; the servers end with the test."""
     with ExitStack() as stack:
 
         def make(*pipelines: LaMambaPipeline, **settings: Any) -> TestClient:
