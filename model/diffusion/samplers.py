@@ -130,14 +130,13 @@ def sampler_step(
         noise: (rows, C, H, W) fp32 standard normal; None is for batches in which no row is stochastic.
         coefficients: (rows, 8) fp32, rows of `SamplerTable.coefficients`.
     """
-    column = coefficients[:, :, None, None, None].unbind(1)  # 8 x (rows, 1, 1, 1)
-    x0 = column[Coefficient.X0_LATENTS] * latents + column[Coefficient.X0_EPS] * eps
-    x = column[Coefficient.LATENTS] * latents + column[Coefficient.EPS] * eps
-    x = x + _where_used(column[Coefficient.HISTORY], history)
+    columns = coefficients[:, :, None, None, None].unbind(1)  # 8 x (rows, 1, 1, 1)
+    latents_c, eps_c, history_c, x0_latents, x0_eps, low, high, noise_c = columns  # as in `Coefficient`
+    x0 = x0_latents * latents + x0_eps * eps
+    x = latents_c * latents + eps_c * eps + _where_used(history_c, history)
     if noise is not None:
-        low, high = column[Coefficient.MIN_LOG_VARIANCE], column[Coefficient.MAX_LOG_VARIANCE]
         log_variance = high if variance_logits is None else low + (variance_logits + 1) / 2 * (high - low)
-        x = x + _where_used(column[Coefficient.NOISE], torch.exp(0.5 * log_variance) * noise)
+        x = x + _where_used(noise_c, torch.exp(0.5 * log_variance) * noise)
     return x, x0
 
 

@@ -37,29 +37,28 @@ def resolve_scan_backend(name: str = "auto", device: torch.device | str = "cpu")
     Raises ValueError for an unknown name, and for a backend that this machine cannot run, saying what it
     needs.
     """
-    on_cuda = torch.device(device).type == "cuda"
     if name == "auto":
-        name = "vectorized"
-        if on_cuda:
-            name = (
-                "triton"
-                if triton_scan.is_available()
-                else "mamba_cuda"
-                if mamba_cuda.is_available()
-                else name
-            )
+        name = _fastest_backend(device)
     if name == "reference":
         return ScanBackend(name, reference.selective_scan)
     if name == "vectorized":
         return ScanBackend(name, vectorized.selective_scan)
     if name == "mamba_cuda":
-        if not (on_cuda and mamba_cuda.is_available()):
+        if not mamba_cuda.is_available(device):
             raise ValueError(
                 "scan_backend: 'mamba_cuda' given; it needs a CUDA device and the package mamba-ssm"
             )
         return ScanBackend(name, mamba_cuda.selective_scan)
     if name == "triton":
-        if not triton_scan.is_available():
+        if not triton_scan.is_available(device):
             raise ValueError("scan_backend: 'triton' given; it needs a CUDA device and the package triton")
         return ScanBackend(name, triton_scan.selective_scan)
     raise ValueError(f"scan_backend: {name!r} given; auto or one of {', '.join(SCAN_BACKENDS)} is accepted")
+
+
+def _fastest_backend(device: torch.device | str) -> str:
+    if torch.device(device).type != "cuda":
+        return "vectorized"
+    if triton_scan.is_available(device):
+        return "triton"
+    return "mamba_cuda" if mamba_cuda.is_available(device) else "vectorized"
