@@ -14,11 +14,16 @@ import sys
 import time
 from typing import TextIO
 
-__all__ = ["JsonFormatter", "configure_logging", "request_id_variable"]
+__all__ = ["JsonFormatter", "adopt_library_logs", "configure_logging", "request_id_variable"]
 
 request_id_variable: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
-_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "request_id"}
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "request_id",
+    "color_message",
+}
 _PLAIN_FORMAT = "%(asctime)s %(levelname)-7s %(name)s [%(request_id)s] %(message)s"
 
 
@@ -60,6 +65,13 @@ def configure_logging(level: str, *, as_json: bool, stream: TextIO | None = None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):  # uvicorn's own handlers would log twice
+
+
+def adopt_library_logs() -> None:
+    """Let the records of libraries that install handlers of their own go where all others go.
+
+    To be called once they are imported: their handlers come with the import and write in a format of their own.
+    """
+    for name in ("diffusers", "huggingface_hub"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True

@@ -98,6 +98,7 @@ class Metrics:
 
     def read_load(
         self,
+        *,
         requests_running: Callable[[], float],
         requests_waiting: Callable[[], float],
         images_waiting: Callable[[], float],

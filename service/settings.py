@@ -51,7 +51,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=4096,
-        description="Network rows a step (a guided image takes 2); 0: 16 on CPU, 128 on CUDA.",
+        description="Network rows a step (a guided image takes 2); 0: 8 on CPU, 128 on CUDA.",
     )
     max_queue_images: int = Field(256, ge=1, le=1_000_000, description="Images that may wait; beyond: 429.")
     max_images_per_request: int = Field(16, ge=1, le=1024, description="Largest num_images of a request.")
@@ -106,9 +106,12 @@ def load_settings(**given: Any) -> Settings:
 
 
 def _reject_unknown_variables(environ: Mapping[str, str]) -> None:
-    known = {f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    known = [name.upper() for name in Settings.model_fields]
     for variable in sorted(environ):
-        if variable.upper().startswith(ENVIRONMENT_PREFIX) and variable.upper() not in known:
-            near = difflib.get_close_matches(variable.upper(), sorted(known), n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
-            raise StartupError(f"{variable}: no such setting; {hint}")
+        name = variable.upper().removeprefix(ENVIRONMENT_PREFIX)
+        if name == variable.upper() or name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = "did you mean" if near else "there are"
+        names = ", ".join(f"{ENVIRONMENT_PREFIX}{known_name}" for known_name in near or sorted(known))
+        raise StartupError(f"{variable}: no such setting; {hint} {names}{'?' if near else ''}")

@@ -73,7 +73,11 @@ class Engine:
         self._changed = threading.Condition()  # guards the next two
         self._tickets: set[Ticket] = set()
         self._num_waiting_images = 0
-        metrics.read_load(self._num_running, self._num_waiting, lambda: self._num_waiting_images)
+        metrics.read_load(
+            requests_running=partial(self._num_requests, started=True),
+            requests_waiting=partial(self._num_requests, started=False),
+            images_waiting=lambda: self._num_waiting_images,
+        )
 
     # --- any thread ---
 
@@ -290,13 +294,9 @@ class Engine:
         for ticket in tickets:
             ticket.fail(error)
 
-    def _num_running(self) -> int:
+    def _num_requests(self, *, started: bool) -> int:
         with self._changed:
-            return sum(ticket.started_at is not None for ticket in self._tickets)
-
-    def _num_waiting(self) -> int:
-        with self._changed:
-            return sum(ticket.started_at is None for ticket in self._tickets)
+            return sum((ticket.started_at is not None) is started for ticket in self._tickets)
 
     def _observe(self, plan: PlannedStep, seconds: float) -> None:
         self._metrics.steps.inc()

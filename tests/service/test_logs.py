@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.logs import configure_logging, request_id_variable
+from service.logs import adopt_library_logs, configure_logging, request_id_variable
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +46,15 @@ def test_an_explicit_request_id_wins_and_plain_records_show_it() -> None:
     logging.getLogger("service.test").warning("shown", extra={"request_id": "r-7"})
     assert stream.getvalue().count("\n") == 1
     assert "[r-7] shown" in stream.getvalue()
+
+
+def test_records_of_libraries_with_handlers_of_their_own_join_the_others() -> None:
+    stream, own = io.StringIO(), io.StringIO()
+    configure_logging("info", as_json=True, stream=stream)
+    library = logging.getLogger("diffusers")
+    library.addHandler(logging.StreamHandler(own))
+    library.propagate = False
+    adopt_library_logs()
+    logging.getLogger("diffusers.models").warning("heard")
+    assert json.loads(stream.getvalue())["message"] == "heard"
+    assert own.getvalue() == ""
