@@ -103,7 +103,7 @@ def main() -> None:
                 net.use_scan_backend(resolve_scan_backend(name, "cuda"))
                 run = lambda: net(x, timestep=t, class_labels=y).sample  # noqa: E731, B023
                 sample = run().float()
-            except (ValueError, torch.cuda.OutOfMemoryError) as error:
+            except (ValueError, torch.cuda.OutOfMemoryError, RuntimeError) as error:
                 results.append(common | {"skipped": " ".join(str(error).split())[:200]})
                 print(results[-1], flush=True)
                 continue

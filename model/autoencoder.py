@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -68,19 +69,22 @@ class Autoencoder:
 
         A folder that is missing, damaged or does not fit its own config raises a ValueError of one line.
         """
+        source = os.fspath(folder_or_hub_id)
+        if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            raise _load_error(source, "no such folder")
         try:
             module, info = AutoencoderKL.from_pretrained(
-                os.fspath(folder_or_hub_id),
+                source,
                 torch_dtype=dtype,
                 use_safetensors=True,
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-            raise _load_error(folder_or_hub_id, f"{type(error).__name__}: {error}") from error
+            raise _load_error(source, f"{type(error).__name__}: {error}") from error
         wrong = {kind: names for kind, names in info.items() if names}
         if wrong:
-            raise _load_error(folder_or_hub_id, f"its weights do not fit its config: {wrong}")
+            raise _load_error(source, f"its weights do not fit its config: {wrong}")
         return cls(module.to(device), micro_batch_pixels=micro_batch_pixels)
 
     @torch.inference_mode()
@@ -148,7 +152,7 @@ def _scaling(module: AutoencoderKL) -> tuple[Tensor, Tensor]:
     return shift, scale
 
 
-def _load_error(source: Path | str, reason: str) -> ValueError:
+def _load_error(source: str, reason: str) -> ValueError:
     return ValueError(
         f"autoencoder: {source} given; accepted is a folder with an AutoencoderKL's config.json and "
         f"safetensors weights, or a hub id ({' '.join(reason.split())[:300]})"

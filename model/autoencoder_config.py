@@ -1,0 +1,119 @@
+"""What an autoencoder training run does, as one validated value, and the module that it describes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import nn
+
+__all__ = ["AutoencoderTrainingConfig", "build_autoencoder", "parse_settings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderTrainingConfig:
+    """What a run does; written to its config.json."""
+
+    block_out_channels: tuple[int, ...] = (32, 64, 96, 128)
+    """Widths of the stages; each but the last halves the resolution."""
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 8
+    sizes: tuple[int, ...] = (128, 256)
+    """Sides of the views in pixels, one a step, in turn."""
+    batch_sizes: tuple[int, ...] = (128, 32)
+    """Images a step at each of `sizes`."""
+    max_seconds: float = 450.0
+    """Training time; the learning rate falls to 0 over it."""
+    max_images: int | None = None
+    """If given, this many images end the run instead of `max_seconds`."""
+    learning_rate: float = 1e-3
+    warmup_steps: int = 200
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    gradient_weight: float = 1.0
+    log_mse_weight: float = 0.02
+    energy_weight: float = 0.03
+    kl_weight: float = 1e-3
+    """Per latent element, beside losses per pixel: independent of the image's size."""
+    outlier_weight: float = 0.1
+    outlier_sigmas: float = 3.0
+    seed: int = 0
+    compile: bool = True
+    log_steps: int = 200
+    checkpoint_seconds: float = 60.0
+    evaluation_views: int = 500
+    statistics_views: int = 4096
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.batch_sizes) or not self.sizes or min(self.batch_sizes) < 1:
+            raise ValueError(
+                f"batch_sizes: {self.batch_sizes} given; accepted is one positive number for each of sizes "
+                f"{self.sizes}"
+            )
+        factor = 2 ** (len(self.block_out_channels) - 1)
+        if any(size < factor or size % factor for size in self.sizes):
+            raise ValueError(f"sizes: {self.sizes} given; accepted are positive multiples of {factor}")
+        if any(width < 1 or width % self.norm_num_groups for width in self.block_out_channels):
+            raise ValueError(
+                f"block_out_channels: {self.block_out_channels} given; accepted are positive multiples of "
+                f"norm_num_groups, {self.norm_num_groups}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: {self.ema_decay} given; accepted is 0 or more and less than 1")
+        for name in ("max_seconds", "learning_rate", "max_grad_norm", "log_steps", "outlier_sigmas"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} given; accepted is more than 0")
+        for name in (
+            "gradient_weight",
+            "log_mse_weight",
+            "energy_weight",
+            "kl_weight",
+            "outlier_weight",
+            "warmup_steps",
+            "checkpoint_seconds",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} given; accepted is 0 or more")
+
+
+def build_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
+    """A freshly initialised fp32 AutoencoderKL without attention, a function of the config and its seed."""
+    stages = len(config.block_out_channels)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        module = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * stages,
+            up_block_types=("UpDecoderBlock2D",) * stages,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_num_groups,
+            sample_size=max(config.sizes),
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+        )
+    # Begin with narrow posteriors (std exp(-2)): behind wide ones the decoder learns to ignore the latents.
+    nn.init.constant_(module.quant_conv.bias[config.latent_channels :], -4.0)
+    return module
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """Config fields from `name=value` texts, values as in JSON (lists become tuples)."""
+    defaults = {field.name: field.default for field in fields(AutoencoderTrainingConfig)}
+    parsed: dict[str, Any] = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in defaults:
+            raise ValueError(f"set: {setting} given; accepted is NAME=VALUE with NAME in {sorted(defaults)}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        if isinstance(value, str | dict) or isinstance(value, list) != isinstance(defaults[name], tuple):
+            raise ValueError(f"set: {setting} given; accepted is a value like the default, {defaults[name]}")
+        parsed[name] = tuple(value) if isinstance(value, list) else value
+    return parsed

@@ -1,0 +1,124 @@
+"""If these fail, a training run on a borrowed GPU is lost: it does not learn, resume or write its outputs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from model import autoencoder_loss, train_autoencoder
+from model.autoencoder import Autoencoder
+from model.autoencoder_config import AutoencoderTrainingConfig
+from model.autoencoder_loss import AutoencoderLoss
+from model.train_autoencoder import train
+
+TINY = AutoencoderTrainingConfig(
+    block_out_channels=(4, 4, 8, 8),
+    norm_num_groups=4,
+    sizes=(16, 32),
+    batch_sizes=(4, 2),
+    max_images=24,
+    warmup_steps=2,
+    compile=False,
+    log_steps=1,
+    checkpoint_seconds=0.0,
+    evaluation_views=4,
+    statistics_views=8,
+)
+
+
+def test_train_writes_every_output(tmp_path: Path) -> None:
+    metrics = train(TINY, tmp_path, "cpu")
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert json.loads((tmp_path / "config.json").read_text())["sizes"] == [16, 32]
+    assert (tmp_path / "reconstructions.png").stat().st_size > 0
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert {"images_per_s", *AutoencoderLoss.TERMS} <= rows[0].keys()
+    assert metrics["images"] == 24
+    assert set(metrics["reconstruction"]) == {"16", "32"}
+    assert metrics["latents"]["std"] == pytest.approx([1] * 4, rel=1e-2)  # fp16 weights
+    autoencoder = Autoencoder.load(tmp_path / "vae")
+    assert autoencoder.decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 32, 32)
+
+
+def test_train_lowers_the_loss(tmp_path: Path) -> None:
+    train(replace(TINY, max_images=240, learning_rate=1e-2), tmp_path, "cpu")
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    first, last = (sum(row["l1"] for row in part) for part in (rows[:10], rows[-10:]))
+    assert last < 0.8 * first
+
+
+def test_train_stopped_and_resumed_equals_straight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = train(TINY, tmp_path / "straight", "cpu")
+
+    log = train_autoencoder._log
+
+    def stop_after_three(path: Path, run: Any, *rest: Any) -> None:
+        log(path, run, *rest)
+        if run.step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(train_autoencoder, "_log", stop_after_three)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, tmp_path / "resumed", "cpu")
+    resumed = train(TINY, tmp_path / "resumed", "cpu")
+
+    timing = ("seconds", "images_per_s")
+    assert {k: v for k, v in resumed.items() if k not in timing} == {
+        k: v for k, v in straight.items() if k not in timing
+    }
+    states = [
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("straight", "resumed")
+    ]
+    for a, b in zip(states[0]["average"], states[1]["average"], strict=True):
+        assert torch.equal(a, b)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_train_ends_by_time(tmp_path: Path) -> None:
+    metrics = train(replace(TINY, max_images=None, max_seconds=0.2), tmp_path, "cpu")
+    assert metrics["seconds"] >= 0.2
+    assert metrics["steps"] >= 1
+
+
+def test_train_refuses_another_config_in_the_same_folder(tmp_path: Path) -> None:
+    train(TINY, tmp_path, "cpu")
+    with pytest.raises(ValueError, match=r"kl_weight: 1.0 given; .* accepts 0.001, with which it began"):
+        train(replace(TINY, kl_weight=1.0), tmp_path, "cpu")
+
+
+def test_update_skips_gradients_that_are_not_finite(tmp_path: Path) -> None:
+    run = train_autoencoder._Run(TINY, tmp_path, torch.device("cpu"))
+    before = [p.detach().clone() for p in run.parameters]
+    for parameter in run.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.nn.init.constant_(run.parameters[0].grad, torch.nan)
+    assert run.update() == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+    for parameter in run.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    assert run.update() == 0
+    assert not any(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+    assert all(torch.isfinite(p).all() for p in run.parameters)
+
+
+def test_train_stops_when_no_gradient_is_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder_loss, "_gradient_error", lambda error: error.sum() * torch.nan)
+    with pytest.raises(FloatingPointError, match="gradients: none finite"):
+        train(TINY, tmp_path, "cpu")
+
+
+def test_main_ends_with_code_2_on_a_bad_setting(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(train_autoencoder.main)
+    result = CliRunner().invoke(app, ["--output-dir", str(tmp_path), "--set", "kl_weight=-1"])
+    assert result.exit_code == 2
+    assert not list(tmp_path.iterdir())
