@@ -70,7 +70,7 @@ def configure_logging(level: str, *, as_json: bool, stream: TextIO | None = None
 def adopt_library_logs() -> None:
     """Let the records of libraries that install handlers of their own go where all others go.
 
-    To be called once they are imported: their handlers come with the import and write in a format of their own.
+    To be called once they are imported: their handlers come with the import and have a format of their own.
     """
     for name in ("diffusers", "huggingface_hub"):
         logging.getLogger(name).handlers.clear()

@@ -104,6 +104,11 @@ class Runtime:
         except StartupError as error:
             self.failure = error
             _logger.error("cannot start: %s", error)
+        except (
+            Exception
+        ) as error:  # a defect of ours: better an end with a trace than a start that never ends
+            self.failure = StartupError(f"internal error: {type(error).__name__}: {_one_line(error)}")
+            _logger.exception("cannot start")
         else:
             _logger.info("ready after %.1f s", time.monotonic() - started)
 
@@ -165,8 +170,11 @@ class Runtime:
                     dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
                     scan_backend=settings.scan_backend,
                 )
-            except (ValueError, OSError, RuntimeError) as error:  # a bad folder, or a device without the room
+            except ValueError as error:  # the pipeline's own words, which name the folder
                 raise StartupError(_one_line(error)) from error
+            except Exception as error:  # whatever else a broken folder or a full device makes libraries raise
+                _logger.debug("loading %s failed", folder, exc_info=True)
+                raise StartupError(f"{folder}: {type(error).__name__}: {_one_line(error)}") from error
             _logger.info(
                 "loaded %s: %d px, %d classes, on %s in %s, scan backend %s",
                 *(pipeline.name, pipeline.resolution, pipeline.num_classes),

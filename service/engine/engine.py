@@ -184,9 +184,7 @@ class Engine:
             while not self._stopping:
                 if not self.step():
                     self._inbox.get()()
-        except (
-            BaseException
-        ) as error:  # the last words of the thread: everyone who waits for it gets an answer
+        except BaseException as error:  # the thread's last words: everyone who waits gets an answer
             self._die(error)
         finally:
             self._warm.set()

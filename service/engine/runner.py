@@ -73,7 +73,10 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run one guided row pair through network and decoder, so that no request pays for what is lazy."""
+        """Run one guided image through network and decoder, so that no request pays for what is lazy.
+
+        Raises whatever that raises, and ArithmeticError for weights that give no finite numbers.
+        """
         pipeline = self._pipeline
         latents = torch.zeros((1, *pipeline.latent_shape), device=self._device)  # (1, C, H, W)
         table = sampler_table("dpm++", 1, pipeline.schedule)
@@ -88,6 +91,8 @@ class Runner:
             noise=None,
         )
         latents, _ = self._denoise(batch)
+        if not torch.isfinite(latents).all():
+            raise ArithmeticError(f"{pipeline.name} computes values that are not finite")
         pipeline.decode(latents)
 
     def _batch(self, jobs: Sequence[ImageJob], latents: Tensor, history: Tensor) -> StepBatch:

@@ -174,6 +174,30 @@ def test_probes_follow_the_engine(client_of: ClientFactory) -> None:
     assert client.get("/health/ready").status_code == 503
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("failing_label", "RuntimeError: the device fails"), ("nan_label", "ArithmeticError: fake-16 computes")],
+    ids=["raises", "nan"],
+)
+def test_a_model_whose_first_image_fails_is_a_failed_start(fault: str, message: str) -> None:
+    pipeline = fake_pipeline()
+    setattr(pipeline.network, fault, 0)
+    app = create_app(Settings(), (pipeline,))
+
+    async def talk(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return [
+            await client.get("/health/live"),
+            await client.get("/health/ready"),
+            await client.post("/generate", json=BODY),
+        ]
+
+    answers = asyncio.run(with_client(app, talk))
+    assert [answer.status_code for answer in answers] == [503, 503, 503]
+    assert answers[0].json() == {"status": "failed"}
+    runtime: Runtime = app.state.runtime
+    assert f"the first image failed: {message}" in str(runtime.failure)
+
+
 def test_before_the_models_are_loaded_only_liveness_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     loading = threading.Event()
 
