@@ -14,12 +14,16 @@ from typing import Annotated
 
 import typer
 
+from model.cli_sample import SAMPLE_EXAMPLES, sample
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Train, sample, convert and inspect LaMamba-Diff models.",
 )
+
+app.command(epilog=SAMPLE_EXAMPLES)(sample)
 
 
 @contextmanager

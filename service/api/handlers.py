@@ -1,0 +1,107 @@
+"""Every error as a response of one shape: ours as they are, FastAPI's and Starlette's translated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from service.api.responses import error_response
+from service.api.schemas import GenerateRequest
+from service.errors import (
+    InvalidField,
+    InvalidJSON,
+    MethodNotAllowed,
+    NotFound,
+    RequestError,
+    ServiceError,
+    UnknownField,
+    UnsupportedMediaType,
+)
+from service.logs import request_id_variable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastapi import FastAPI, Request
+    from starlette.responses import Response
+
+    from service.runtime import Runtime
+
+__all__ = ["add_error_handlers"]
+
+_KIND_OF_FIELD = {"cfg_scale": "a number, "} | dict.fromkeys(("class_id", "sampler", "format", "model"), "")
+_OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Register the handlers with an app."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_exception)
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    runtime: Runtime = request.app.state.runtime
+    if request.method == "POST":
+        runtime.metrics.rejections.labels(error.code).inc()
+    return error_response(error, request_id_variable.get())
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    runtime: Runtime = request.app.state.runtime
+    try:
+        accepted = runtime.catalog.accepted(_model_name(error.body))
+    except ServiceError as not_ready:  # no model, no limits: what is wrong with the body can wait
+        return await _service_error(request, not_ready)
+    return await _service_error(request, _translate(request, error.errors(), accepted))
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return await _service_error(
+            request, NotFound(f"{request.url.path}: no such path; GET /docs lists them")
+        )
+    if error.status_code == 405:
+        allow = (error.headers or {}).get("Allow")
+        message = f"{request.method} {request.url.path}: not allowed; this path accepts {allow}"
+        return await _service_error(request, MethodNotAllowed(message, allow=allow))
+    return await _service_error(
+        request, InvalidJSON("body: not readable; a JSON object in UTF-8 is accepted")
+    )
+
+
+def _translate(request: Request, problems: Any, accepted: Mapping[str, str]) -> RequestError:
+    """The first of pydantic's problems as an error of ours."""
+    first = problems[0]
+    location = [part for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "invalid")
+        return InvalidJSON(
+            f"body: not JSON at character {first['loc'][-1]} ({reason}); a JSON object is accepted"
+        )
+    if not location or not isinstance(location[0], str):
+        return _not_an_object(request, first)
+    name = location[0]
+    if first["type"] == "extra_forbidden":
+        return UnknownField(name, first["input"], ", ".join(GenerateRequest.model_fields))
+    kind = "" if first["type"] in _OUT_OF_RANGE else _KIND_OF_FIELD.get(name, "an integer, ")
+    return InvalidField(name, first["input"], f"{kind}{accepted[name]}")
+
+
+def _not_an_object(request: Request, problem: Mapping[str, Any]) -> RequestError:
+    content_type = request.headers.get("content-type", "")
+    if "json" not in content_type:
+        shown = content_type or "none"
+        return UnsupportedMediaType(f"content-type: {shown} given; this path accepts application/json")
+    value = None if problem["type"] == "missing" else problem["input"]
+    return InvalidField("body", value, "a JSON object", by="this path")
+
+
+def _model_name(body: object) -> str | None:
+    name = body.get("model") if isinstance(body, dict) else None
+    return name if isinstance(name, str) else None

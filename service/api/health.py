@@ -1,0 +1,38 @@
+"""Probes and metrics: /health/live (restart me if not), /health/ready (send me requests), /metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from service.api.deps import RuntimeOfApp
+from service.api.responses import AsciiJSONResponse
+from service.metrics import METRICS_CONTENT_TYPE
+from service.runtime import RuntimeState
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get(
+    "/health/live", summary="Whether the process works", responses={503: {"description": "It does not."}}
+)
+async def live(runtime: RuntimeOfApp) -> Response:
+    """503 once the engine's thread has died or a model could not be loaded: only a restart helps then."""
+    state = runtime.state
+    return AsciiJSONResponse({"status": state}, status_code=503 if state is RuntimeState.FAILED else 200)
+
+
+@router.get(
+    "/health/ready", summary="Whether requests are welcome", responses={503: {"description": "Not now."}}
+)
+async def ready(runtime: RuntimeOfApp) -> Response:
+    """200 once the models are loaded and warm, 503 before, while draining, and after a failure."""
+    state = runtime.state
+    return AsciiJSONResponse({"status": state}, status_code=200 if state is RuntimeState.READY else 503)
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(runtime: RuntimeOfApp) -> Response:
+    """All values in Prometheus' text format."""
+    return Response(runtime.metrics.render(), media_type=METRICS_CONTENT_TYPE)

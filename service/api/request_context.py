@@ -1,0 +1,76 @@
+"""The outermost middleware: a request's id, its log record and count, and the last resort for what nobody
+caught.
+
+The id is the client's `X-Request-ID` where that is one word of sane characters, else a new one. Every
+answer carries it, every record logged on the way names it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from service.api.responses import error_response
+from service.errors import ServiceError
+from service.logs import request_id_variable
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from service.metrics import Metrics
+
+__all__ = ["RequestContextMiddleware"]
+
+_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_QUIET_PATHS = ("/health/", "/metrics")
+
+_logger = logging.getLogger("service.access")
+
+
+class RequestContextMiddleware:
+    """Wraps an app; pure ASGI, so that routes still see their client disconnect."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _ACCEPTED_ID.fullmatch(given) else secrets.token_hex(12)
+        token = request_id_variable.set(request_id)
+        status = 0
+        started = time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:  # a defect of ours: the client gets an id, the log the trace
+            _logger.exception("unhandled error on %s", scope["path"])
+            if status == 0:
+                error = ServiceError("internal error; the server's log has the reason under this id")
+                await error_response(error, request_id)(scope, receive, send_with_id)
+        finally:
+            self._record(scope, status, time.monotonic() - started)
+            request_id_variable.reset(token)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "none")  # the template, so that its values are few
+        self._metrics.requests.labels(route, str(status)).inc()
+        path = scope["path"]
+        level = logging.DEBUG if path.startswith(_QUIET_PATHS) and status < 500 else logging.INFO
+        facts = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
+        _logger.log(level, "%(method)s %(path)s %(status)d in %(seconds).3f s", facts, extra=facts)

@@ -1,0 +1,111 @@
+"""Request and response bodies of `/generate`.
+
+Types are strict, as JSON writes them: "5" is not 5, 5.0 is not an integer, true is not 1. Unknown fields
+are errors. Ranges are the loaded model's and are checked by `service.catalog`, not here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.images import ImageFormat
+from model.limits import MAX_IMAGE_INDEX, MAX_SEED
+
+__all__ = ["ErrorBody", "ErrorDetail", "GenerateRequest", "GenerateResponse", "GeneratedImage"]
+
+_MAX_TEXT = 200  # characters of a label: near ones are searched for, which has to stay cheap
+
+
+class GenerateRequest(BaseModel):
+    """What to generate."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+        protected_namespaces=(),
+        json_schema_extra={"examples": [{"class_id": 0, "cfg_scale": 2.5, "steps": 20, "seed": 0}]},
+    )
+
+    class_id: int | Annotated[str, Field(max_length=_MAX_TEXT)] | None = Field(
+        None,
+        description="Class by id or label, as GET /v1/models lists them; none for a model without classes.",
+    )
+    cfg_scale: float | None = Field(
+        None, description="Classifier-free guidance; 1 turns it off. Default: the model's own."
+    )
+    resolution: int | None = Field(
+        None, description="Pixels a side, which picks the model. Default: the first model's."
+    )
+    model: str | None = Field(
+        None, max_length=_MAX_TEXT, description="Model id; needed only where two have the same resolution."
+    )
+    num_images: int = Field(1, description="Images to generate.")
+    steps: int | None = Field(
+        None, description="Denoising steps. Default: 250 for ddpm, 50 for ddim, 20 for dpm++."
+    )
+    sampler: Literal["ddpm", "ddim", "dpm++"] = Field("dpm++", description="How noise is taken away.")
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="Fixes the images. Default: drawn, and reported in the answer."
+    )
+    image_index: int = Field(
+        0,
+        ge=0,
+        le=MAX_IMAGE_INDEX,
+        description="Index of the first image under its seed: image j of a request uses "
+        "(seed, image_index + j), so one image of many can be made again alone.",
+    )
+    format: ImageFormat | None = Field(
+        None, description="Image format. Default: the one that the Accept header names, else png."
+    )
+    quality: int = Field(90, ge=1, le=100, description="Quality of jpeg and webp; png is lossless.")
+
+
+class GeneratedImage(BaseModel):
+    """One image of an answer."""
+
+    index: int = Field(description="Place in the request, from 0.")
+    seed: int
+    image_index: int = Field(description="With the seed, what makes this image again.")
+    b64_json: str = Field(description="The encoded image in base64.")
+
+
+class GenerateResponse(BaseModel):
+    """An answer in JSON; the same facts are response headers where the answer is an image."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    request_id: str
+    created: int = Field(description="Seconds since 1970.")
+    model: str
+    class_id: int | None
+    class_label: str | None
+    cfg_scale: float
+    resolution: int
+    steps: int
+    sampler: str
+    seed: int
+    seeds: list[int] = Field(description="The seed of each image.")
+    format: str
+    images: list[GeneratedImage]
+    timings: dict[str, float] = Field(description="Seconds in queue, denoise, decode, encode, and total.")
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str = Field(description="Stable; for programs.")
+    message: str = Field(description="For people.")
+    request_id: str
+    field: str | None = None
+    value: Any = None
+    accepted: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Every error's body."""
+
+    error: ErrorDetail

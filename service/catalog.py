@@ -1,0 +1,202 @@
+"""The models that this process serves, their limits, and the one place where a request's fields become work.
+
+Limits have one home: the model folder gives classes, resolution and training steps; `model.limits` and the
+settings give the rest. Validation, error messages and `/v1/models` read them here.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from model.diffusion.samplers import SAMPLERS
+from model.images import IMAGE_FORMATS
+from model.limits import DEFAULT_STEPS, GUIDANCE_SCALE_RANGE, MAX_IMAGE_INDEX, MAX_SEED
+from service.engine.request import GenerationRequest
+from service.errors import InvalidField
+
+if TYPE_CHECKING:
+    from service.api.schemas import GenerateRequest
+    from service.engine.pipeline import ServedPipeline
+
+__all__ = ["Catalog", "ServedModel"]
+
+_RANDOM_SEEDS: Final = 2**32  # drawn seeds stay exact in every JSON reader and are short enough to type
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """One loaded model and what it accepts."""
+
+    pipeline: ServedPipeline
+    max_images_per_request: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def name(self) -> str:
+        """The model's id."""
+        return self.pipeline.name
+
+    @property
+    def max_steps(self) -> int:
+        """Steps of the training process, which no sampler can exceed."""
+        return self.pipeline.schedule.num_timesteps
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the model takes a class."""
+        return self.pipeline.num_classes > 0
+
+    @property
+    def cfg_range(self) -> tuple[float, float]:
+        """Least and greatest cfg_scale: without classes there is nothing to guide by."""
+        return GUIDANCE_SCALE_RANGE if self.conditional else (1.0, 1.0)
+
+    @property
+    def default_cfg_scale(self) -> float:
+        """cfg_scale of a request that gives none."""
+        return self.pipeline.default_guidance_scale if self.conditional else 1.0
+
+    def accepted(self) -> dict[str, str]:
+        """What each field of a request may be, in words for messages."""
+        low, high = self.cfg_range
+        last = self.pipeline.num_classes - 1
+        return {
+            "class_id": f"a class id from 0 to {last} or its label" if self.conditional else "no class",
+            "cfg_scale": f"{low:g} to {high:g}" if high > low else f"{low:g}",
+            "resolution": str(self.pipeline.resolution),
+            "num_images": f"1 to {self.max_images_per_request}",
+            "steps": f"1 to {self.max_steps}",
+            "sampler": _alternatives(SAMPLERS),
+            "seed": f"0 to {MAX_SEED}",
+            "image_index": f"0 to {MAX_IMAGE_INDEX}",
+            "format": _alternatives(IMAGE_FORMATS),
+            "quality": "1 to 100",
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The model as `/v1/models` lists it: OpenAI's fields, then ours."""
+        pipeline = self.pipeline
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "lamamba",
+            "resolution": pipeline.resolution,
+            "num_classes": pipeline.num_classes,
+            "labels": list(pipeline.labels),
+            "device": str(pipeline.device),
+            "dtype": str(pipeline.dtype).removeprefix("torch."),
+            "scan_backend": pipeline.scan_backend,
+            "weights_hash": pipeline.weights_hash,
+            "limits": {
+                "cfg_scale": {
+                    "minimum": self.cfg_range[0],
+                    "maximum": self.cfg_range[1],
+                    "default": self.default_cfg_scale,
+                },
+                "num_images": {"minimum": 1, "maximum": self.max_images_per_request, "default": 1},
+                "steps": {"minimum": 1, "maximum": self.max_steps, "default": dict(DEFAULT_STEPS)},
+                "seed": {"minimum": 0, "maximum": MAX_SEED},
+                "samplers": list(SAMPLERS),
+                "formats": list(IMAGE_FORMATS),
+            },
+        }
+
+
+class Catalog:
+    """The loaded models by name, in the order in which they were asked for: the first one is the default."""
+
+    def __init__(self, models: tuple[ServedModel, ...]) -> None:
+        if not models:
+            raise ValueError("models: none given; a server needs one or more")
+        self.models = models
+        self._by_name = {model.name: model for model in models}
+        if len(self._by_name) != len(models):
+            names = ", ".join(model.name for model in models)
+            raise ValueError(f"models: {names} given; names must differ")
+
+    def describe(self) -> list[dict[str, Any]]:
+        """All models as `/v1/models` lists them, ascending by id."""
+        return [self._by_name[name].describe() for name in sorted(self._by_name)]
+
+    def accepted(self, name: str | None = None) -> dict[str, str]:
+        """What each field may be, for the named model or else the default one."""
+        model = self._by_name.get(name or "", self.models[0])
+        resolutions = sorted({model.pipeline.resolution for model in self.models})
+        return model.accepted() | {
+            "model": _alternatives(sorted(self._by_name)),
+            "resolution": _alternatives([str(resolution) for resolution in resolutions]),
+        }
+
+    def model(self, name: str) -> ServedModel:
+        """The model of that id."""
+        return self._by_name[name]
+
+    def select(self, body: GenerateRequest) -> ServedModel:
+        """The model that a request means: by `model`, by `resolution`, or else the default one."""
+        accepted = self.accepted()
+        if body.model is not None:
+            if body.model not in self._by_name:
+                raise InvalidField("model", body.model, accepted["model"], by="this server")
+            model = self._by_name[body.model]
+            if body.resolution not in (None, model.pipeline.resolution):
+                raise InvalidField("resolution", body.resolution, model.accepted()["resolution"])
+            return model
+        if body.resolution is None:
+            return self.models[0]
+        matching = [model for model in self.models if model.pipeline.resolution == body.resolution]
+        if not matching:
+            raise InvalidField("resolution", body.resolution, accepted["resolution"], by="this server")
+        if len(matching) > 1:
+            names = _alternatives([model.name for model in matching])
+            raise InvalidField("model", None, f"{names} at resolution {body.resolution}", by="this server")
+        return matching[0]
+
+    def resolve(self, body: GenerateRequest, request_id: str) -> GenerationRequest:
+        """The work that a request asks for. Raises InvalidField with the model's own limits."""
+        model = self.select(body)
+        steps = DEFAULT_STEPS[body.sampler] if body.steps is None else body.steps
+        cfg_scale = model.default_cfg_scale if body.cfg_scale is None else body.cfg_scale
+        _check_range(model, "num_images", body.num_images, 1, model.max_images_per_request)
+        _check_range(model, "steps", steps, 1, model.max_steps)
+        _check_range(model, "cfg_scale", cfg_scale, *model.cfg_range)
+        return GenerationRequest(
+            request_id=request_id,
+            model=model.name,
+            class_label=_class_label(model, body.class_id),
+            guidance_scale=float(cfg_scale),  # the one place where the public name becomes the mathematics'
+            num_inference_steps=steps,
+            sampler=body.sampler,
+            seed=secrets.randbelow(_RANDOM_SEEDS) if body.seed is None else body.seed,
+            image_index=body.image_index,
+            num_images=body.num_images,
+        )
+
+
+def _class_label(model: ServedModel, class_id: int | str | None) -> int:
+    accepted = model.accepted()["class_id"]
+    if not model.conditional:
+        if class_id is not None:
+            raise InvalidField("class_id", class_id, accepted)
+        return model.pipeline.null_label
+    if class_id is None:
+        raise InvalidField("class_id", None, accepted)
+    try:
+        return model.pipeline.class_index(class_id)
+    except ValueError as error:
+        _, _, hint = str(error).partition("; the nearest of ")
+        raise InvalidField(
+            "class_id", class_id, f"{accepted}; the nearest of {hint}" if hint else accepted
+        ) from error
+
+
+def _check_range(model: ServedModel, name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise InvalidField(name, value, model.accepted()[name])
+
+
+def _alternatives(values: tuple[str, ...] | list[str]) -> str:
+    return " or ".join([", ".join(values[:-1]), values[-1]] if len(values) > 1 else list(values))

@@ -1,0 +1,101 @@
+"""The `lamamba` command: the model's commands, and `serve`.
+
+Commands import what they need when they run: `lamamba --help` and `--version` load neither torch nor the
+server.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from model.cli import app as model_app
+from service.errors import StartupError
+from service.settings import load_settings
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="LaMamba: train, sample and serve LaMamba-Diff image models.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lamamba {version('lamamba')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """LaMamba: train, sample and serve LaMamba-Diff image models."""
+
+
+@app.command(
+    epilog="Examples:  lamamba serve   |   lamamba serve --models folder --models org/name --port 8080   |   "
+    "LAMAMBA_MAX_ROWS=64 lamamba serve --device cuda"
+)
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--models", help="A model folder or hub id; may be repeated. Default: the shipped models."
+        ),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    scan_backend: Annotated[
+        str | None, typer.Option(help="auto, reference, vectorized, mamba_cuda or triton.")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Network rows a step; a guided image takes 2.")] = None,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: the cgroup's quota.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_json: Annotated[
+        bool | None, typer.Option("--log-json/--log-plain", help="Form of log records.")
+    ] = None,
+) -> None:
+    """Serve models by HTTP; options override the LAMAMBA_* environment variables of the same names."""
+    try:
+        settings = load_settings(
+            models=tuple(models) if models else None,
+            host=host,
+            port=port,
+            device=device,
+            dtype=dtype,
+            scan_backend=scan_backend,
+            max_rows=max_rows,
+            num_threads=num_threads,
+            log_level=log_level,
+            log_json=log_json,
+        )
+        from service.logs import configure_logging
+        from service.server import run_server
+
+        configure_logging(settings.log_level, as_json=settings.log_json)
+        run_server(settings)
+    except StartupError as error:
+        typer.secho(f"lamamba: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from error
+
+
+app.registered_commands += model_app.registered_commands
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The loop that joins scheduler, runners and decoder: one engine, one device, one thread.
+
+    submit() --commands--> [ schedule -> run -> postprocess ] --latents--> decoder --futures--> whoever
+    holds the ticket
+     any thread              the engine's thread, step by step              its own thread
+
+A request joins at the step after it arrives, and a finished image leaves at once. Other threads never touch
+the scheduler or the slots: they put commands into the inbox, which the engine's thread runs between steps.
+What is shared (the tickets not yet answered, the number of images waiting) is behind one lock that is never
+held during a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from concurrent.futures import InvalidStateError
+from functools import partial
+from typing import TYPE_CHECKING
+
+from service.engine.decode import Decoder
+from service.engine.request import GenerationRequest, ImageJob, Ticket
+from service.engine.runner import Runner
+from service.engine.scheduler import PlannedStep, Scheduler
+from service.errors import Draining, EngineStopped, GenerationFailed, QueueFull
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from service.engine.pipeline import ServedPipeline
+    from service.metrics import Metrics
+
+__all__ = ["Engine"]
+
+_MAX_RETRY_AFTER_S = 60.0
+
+_logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Makes the images of accepted requests, many at once."""
+
+    def __init__(
+        self,
+        pipelines: Mapping[str, ServedPipeline],
+        *,
+        max_rows: int,
+        max_queue_images: int,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = Scheduler(pipelines, max_rows=max_rows)
+        self._runners = {name: Runner(pipeline, num_slots=max_rows) for name, pipeline in pipelines.items()}
+        self._decoder = Decoder(pipelines, self)
+        self._max_decode_backlog = max_rows
+        self._max_queue_images = max_queue_images
+        self._metrics = metrics
+        self._clock = clock
+
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run_forever, name="lamamba-engine", daemon=True)
+        self._warm = threading.Event()
+        self._stopping = False
+        self._draining = False
+        self._failure: BaseException | None = None
+
+        self._changed = threading.Condition()  # guards the next two
+        self._tickets: set[Ticket] = set()
+        self._num_waiting_images = 0
+        metrics.read_load(
+            requests_running=partial(self._num_requests, started=True),
+            requests_waiting=partial(self._num_requests, started=False),
+            images_waiting=lambda: self._num_waiting_images,
+        )
+
+    # --- any thread ---
+
+    def start(self) -> None:
+        """Start the threads and return when every model has run once. Raises what the first run raised."""
+        self._decoder.start()
+        self._thread.start()
+        self._warm.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def submit(self, request: GenerationRequest) -> Ticket:
+        """Accept a request, whose images come through the futures of the ticket's jobs.
+
+        Raises QueueFull, Draining or EngineStopped at once, before any work.
+        """
+        ticket = Ticket(request, submitted_at=self._clock())
+        with self._changed:
+            if not self.alive:
+                raise EngineStopped("the engine has stopped; this server is about to be restarted")
+            if self._draining:
+                raise Draining("this server is shutting down and takes no further requests")
+            waiting = self._num_waiting_images
+            if waiting + request.num_images > self._max_queue_images:
+                raise QueueFull(
+                    f"queue: {waiting} images wait and {request.num_images} more were given; "
+                    f"this server accepts {self._max_queue_images}",
+                    retry_after_s=self.estimated_wait_s(waiting),
+                )
+            self._num_waiting_images += request.num_images
+            self._tickets.add(ticket)
+            self._inbox.put(partial(self._scheduler.add, ticket))
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Give a request up: its slots are free at the next step. Does nothing to a finished one."""
+        if ticket.done:
+            return
+        ticket.cancel()
+        self._metrics.cancellations.inc()
+        self._close(ticket)
+
+    def drain(self) -> None:
+        """Accept no further requests; those accepted are finished."""
+        self._draining = True
+
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        """Wait until every accepted request is answered; False if `timeout_s` was too short for that."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._tickets, timeout_s)
+
+    def stop(self) -> None:
+        """End the threads; requests that are not finished are answered with Draining."""
+        self._draining = True
+        self._stopping = True
+        self._inbox.put(_nothing)  # wakes the thread
+        if self._thread.is_alive():
+            self._thread.join()
+        self._fail_all(Draining("this server has shut down before the request was finished"))
+        self._decoder.stop()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine works, or can: False once one of its threads has died."""
+        return self._failure is None and not self._stopping
+
+    @property
+    def idle(self) -> bool:
+        """Whether every accepted request is answered."""
+        return not self._tickets
+
+    @property
+    def draining(self) -> bool:
+        """Whether requests are turned away because the end is near."""
+        return self._draining
+
+    def estimated_wait_s(self, num_images: int) -> float:
+        """Seconds in which `num_images` are made at the rate of the last minute, 1 to 60."""
+        rate = self._metrics.image_rate.per_second()
+        return min(_MAX_RETRY_AFTER_S, max(1.0, num_images / rate if rate else _MAX_RETRY_AFTER_S / 6))
+
+    # --- the engine's thread ---
+
+    def step(self) -> bool:
+        """Run one denoising step of one lane; False when there was nothing to do."""
+        self._receive()
+        plan = self._scheduler.schedule(admit=self._decoder.backlog < self._max_decode_backlog)
+        if plan is None:
+            return False
+        self._note_start(plan)
+        started = self._clock()
+        failures = self._run(plan)
+        seconds = self._clock() - started
+        self._scheduler.charge(plan.lane, seconds)
+        self._observe(plan, seconds)
+        self._postprocess(plan, failures)
+        return True
+
+    def _run_forever(self) -> None:
+        try:
+            for runner in self._runners.values():
+                runner.warm_up()
+            self._warm.set()
+            while not self._stopping:
+                if not self.step():
+                    self._inbox.get()()
+        except BaseException as error:  # the thread's last words: everyone who waits gets an answer
+            self._die(error)
+        finally:
+            self._warm.set()
+
+    def _receive(self) -> None:
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _note_start(self, plan: PlannedStep) -> None:
+        fresh = [job for job in plan.jobs if job.step_index == 0]
+        with self._changed:
+            self._num_waiting_images -= len(fresh)
+        for job in fresh:
+            if job.ticket.started_at is None:
+                job.ticket.started_at = self._clock()
+
+    def _run(self, plan: PlannedStep) -> dict[ImageJob, Exception]:
+        """Run the step; where it raises, run its images one by one, so that only the culprit fails."""
+        try:
+            self._runners[plan.lane].step(plan.jobs)
+        except Exception as error:  # whatever one image's step raises is that image's failure alone
+            if len(plan.jobs) == 1:
+                return {plan.jobs[0]: error}
+            _logger.warning("a step of %d images failed (%s); running them singly", len(plan.jobs), error)
+        else:
+            return {}
+        failures: dict[ImageJob, Exception] = {}
+        for job in plan.jobs:
+            failures |= self._run(PlannedStep(lane=plan.lane, jobs=(job,)))
+        return failures
+
+    def _postprocess(self, plan: PlannedStep, failures: Mapping[ImageJob, Exception]) -> None:
+        for job, error in failures.items():
+            self._fail(job.ticket, error, stage="denoise")
+            self._drop(job.ticket)
+        finished: list[ImageJob] = []
+        for job in plan.jobs:
+            if job.slot is not None:  # not dropped with a failed image of the same request
+                job.step_index += 1
+                if job.finished:
+                    finished.append(job)
+        if finished:
+            latents = self._runners[plan.lane].take(finished)
+            for job in finished:
+                self._scheduler.release(job)
+                job.ticket.denoised_at = self._clock()
+            self._decoder.submit(latents)
+
+    def _drop(self, ticket: Ticket) -> None:
+        num_queued = self._scheduler.drop(ticket)
+        with self._changed:
+            self._num_waiting_images -= num_queued
+
+    # --- the decoder's thread: DecoderListener ---
+
+    def image_decoded(self, job: ImageJob, pixels: NDArray[np.uint8]) -> None:
+        """Hand the image to whoever waits for it; the last one of a request closes the request."""
+        job.ticket.decoded_at = self._clock()
+        with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
+            job.result.set_result(pixels)
+            self._metrics.count_image()
+        if job.ticket.done:
+            self._close(job.ticket)
+        self._inbox.put(_nothing)  # the engine may wait for the decoder to catch up
+
+    def image_failed(self, job: ImageJob, error: Exception) -> None:
+        """Answer the request with its failure and give its other images up."""
+        self._fail(job.ticket, error, stage="decode")
+
+    def decoder_stopped(self, error: BaseException | None) -> None:
+        """Without a decoder the engine is of no use."""
+        if error is not None:
+            self._die(error)
+
+    # --- every thread ---
+
+    def _fail(self, ticket: Ticket, error: Exception, *, stage: str) -> None:
+        if ticket.done:
+            return
+        request_id = ticket.request.request_id
+        _logger.error("%s failed", stage, exc_info=error, extra={"request_id": request_id})
+        self._metrics.failures.labels(stage).inc()
+        ticket.fail(GenerationFailed(f"{stage}: failed for this request; the server's log has the reason"))
+        self._close(ticket)
+
+    def _close(self, ticket: Ticket) -> None:
+        """The request is answered: nobody waits for it, and what is left of it in queue and slots goes."""
+        with self._changed:
+            self._tickets.discard(ticket)
+            self._changed.notify_all()
+        self._inbox.put(partial(self._drop, ticket))
+
+    def _die(self, error: BaseException) -> None:
+        _logger.critical("the engine has stopped", exc_info=error)
+        self._failure = error
+        self._stopping = True
+        self._inbox.put(_nothing)
+        self._fail_all(EngineStopped("the engine has stopped; this server is about to be restarted"))
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._changed:
+            tickets, self._tickets = self._tickets, set()
+            self._num_waiting_images = 0
+            self._changed.notify_all()
+        for ticket in tickets:
+            ticket.fail(error)
+
+    def _num_requests(self, *, started: bool) -> int:
+        with self._changed:
+            return sum((ticket.started_at is not None) is started for ticket in self._tickets)
+
+    def _observe(self, plan: PlannedStep, seconds: float) -> None:
+        self._metrics.steps.inc()
+        self._metrics.rows.inc(plan.num_rows)
+        self._metrics.step_rows.observe(plan.num_rows)
+        self._metrics.step_latency.observe(seconds)
+
+
+def _nothing() -> None:
+    """A command that only wakes the engine's thread."""

@@ -1,0 +1,52 @@
+"""What the engine needs of a loaded model: `LaMambaPipeline` has it, and so has a test's fake."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.diffusion.schedule import NoiseSchedule
+    from model.diffusion.step import DenoisingNetwork
+
+__all__ = ["ServedPipeline"]
+
+
+class ServedPipeline(Protocol):
+    """One model at one resolution, on one device."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def network(self) -> DenoisingNetwork: ...
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def null_label(self) -> int: ...
+    @property
+    def resolution(self) -> int: ...
+    @property
+    def latent_shape(self) -> tuple[int, int, int]: ...
+    @property
+    def guidance_channels(self) -> int | None: ...
+    @property
+    def default_guidance_scale(self) -> float: ...
+    @property
+    def weights_hash(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def scan_backend(self) -> str: ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (n, C, H, W) fp32 to pixels (n, height, width, 3) uint8 on the CPU."""
+
+    def class_index(self, class_id: int | str) -> int:
+        """The class of an id or a label; ValueError names the accepted ids and labels near a wrong one."""

@@ -1,0 +1,113 @@
+"""A request on its way through the engine: request > image > row (one network evaluation).
+
+    GenerationRequest   what is asked for, validated; never changes
+    ImageJob            one image of it: its place in the scheduler and its step
+    Ticket              the engine's side of one accepted request: its jobs, the future of each image, and
+                        when what happened; whoever holds it waits for the futures
+
+Nothing here holds a tensor, a queue or a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["GenerationRequest", "ImageJob", "Ticket"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One request for `num_images` images of one class by one model."""
+
+    request_id: str
+    model: str
+    class_label: int
+    guidance_scale: float
+    """1 turns guidance off: the image then costs one row a step instead of two."""
+    num_inference_steps: int
+    sampler: str
+    seed: int
+    image_index: int = 0
+    """Noise stream of the first image; image j of the request uses (seed, image_index + j)."""
+    num_images: int = 1
+
+    @property
+    def rows_per_image(self) -> int:
+        """Network evaluations that a step of one image costs."""
+        return 1 if self.guidance_scale == 1.0 else 2
+
+
+class ImageJob:
+    """One image in the making. The engine's thread alone changes it."""
+
+    __slots__ = ("image_index", "request", "result", "slot", "step_index", "ticket")
+
+    def __init__(self, ticket: Ticket, image_index: int) -> None:
+        self.ticket = ticket
+        self.request = ticket.request
+        self.image_index = image_index
+        self.slot: int | None = None
+        """Where its latents live while it is being denoised."""
+        self.step_index = 0
+        """Denoising steps done."""
+        self.result: Future[NDArray[np.uint8]] = Future()
+        """Its pixels, (height, width, 3)."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all denoising steps are done."""
+        return self.step_index >= self.request.num_inference_steps
+
+
+class Ticket:
+    """One accepted request. Its futures are settled exactly once each; later attempts change nothing.
+
+    The moments are readings of the engine's clock, in seconds: submitted, first image on the device, last
+    image denoised, last image decoded.
+    """
+
+    def __init__(self, request: GenerationRequest, *, submitted_at: float) -> None:
+        self.request = request
+        self.jobs = tuple(
+            ImageJob(self, request.image_index + offset) for offset in range(request.num_images)
+        )
+        self.submitted_at = submitted_at
+        self.started_at: float | None = None
+        self.denoised_at: float | None = None
+        self.decoded_at: float | None = None
+        self.cancelled = False
+
+    @property
+    def done(self) -> bool:
+        """Whether every image is made, failed or given up."""
+        return all(job.result.done() for job in self.jobs)
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds in the stages of the engine; they add up to the time from submission to the last image."""
+        if self.started_at is None or self.denoised_at is None or self.decoded_at is None:
+            raise RuntimeError(f"request {self.request.request_id} has not been through all stages")
+        return {
+            "queue": self.started_at - self.submitted_at,
+            "denoise": self.denoised_at - self.started_at,
+            "decode": self.decoded_at - self.denoised_at,
+        }
+
+    def fail(self, error: Exception) -> None:
+        """Answer every image that has no answer yet with `error`."""
+        for job in self.jobs:
+            with contextlib.suppress(InvalidStateError):
+                job.result.set_exception(error)
+
+    def cancel(self) -> None:
+        """Give up every image that has no answer yet."""
+        self.cancelled = True
+        for job in self.jobs:
+            job.result.cancel()

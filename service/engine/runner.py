@@ -1,0 +1,167 @@
+"""Denoising steps of one lane on its device. Holds the slots' tensors and no queue.
+
+    gather the active slots -> StepBatch -> `denoise_step`, the in-process pipeline's own -> scatter
+
+S slots, n active images, (C, H, W) the latents of one. A step leaves the slots as they were if it raises,
+so it can be tried again with fewer images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.diffusion.noise import gaussian_noise
+from model.diffusion.samplers import SamplerTable, sampler_table
+from model.diffusion.step import StepBatch, denoise_step
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from service.engine.pipeline import ServedPipeline
+    from service.engine.request import ImageJob
+
+__all__ = ["FinishedLatents", "Runner"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FinishedLatents:
+    """Denoised images on their way to the decoder."""
+
+    jobs: tuple[ImageJob, ...]
+    latents: Tensor
+    """(n, C, H, W) fp32."""
+    ready: torch.cuda.Event | None
+    """What another stream has to wait for before it reads `latents`; None on a CPU."""
+
+
+class Runner:
+    """The slots of one model; used by the engine's thread alone."""
+
+    def __init__(self, pipeline: ServedPipeline, *, num_slots: int) -> None:
+        self._pipeline = pipeline
+        self._device = pipeline.device
+        shape = (num_slots, *pipeline.latent_shape)
+        with torch.inference_mode():
+            self._latents = torch.zeros(shape, device=self._device)  # (S, C, H, W)
+            self._history = torch.zeros(shape, device=self._device)  # (S, C, H, W)
+        self._step_done: torch.cuda.Event | None = None
+
+    @torch.inference_mode()
+    def step(self, jobs: Sequence[ImageJob]) -> None:
+        """Move the images one step, those at their first one from their initial noise."""
+        slots = self._int64([job.slot or 0 for job in jobs])  # (n,)
+        latents = self._latents[slots]  # (n, C, H, W)
+        fresh = [index for index, job in enumerate(jobs) if job.step_index == 0]
+        if fresh:
+            latents[self._int64(fresh)] = self._noise([jobs[index] for index in fresh], [0] * len(fresh))
+        batch = self._batch(jobs, latents, self._history[slots])
+        latents, history = self._denoise(batch)
+        self._latents[slots] = latents
+        self._history[slots] = history
+        self._limit_run_ahead()
+
+    @torch.inference_mode()
+    def take(self, jobs: Sequence[ImageJob]) -> FinishedLatents:
+        """The latents of finished images, copied, so that their slots are free at once."""
+        latents = self._latents[self._int64([job.slot or 0 for job in jobs])]  # (n, C, H, W)
+        return FinishedLatents(jobs=tuple(jobs), latents=latents, ready=self._record_event())
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run one guided image through network and decoder, so that no request pays for what is lazy.
+
+        Raises whatever that raises, and ArithmeticError for weights that give no finite numbers.
+        """
+        pipeline = self._pipeline
+        latents = torch.zeros((1, *pipeline.latent_shape), device=self._device)  # (1, C, H, W)
+        table = sampler_table("dpm++", 1, pipeline.schedule)
+        batch = StepBatch(
+            latents=latents,
+            history=latents,
+            timesteps=table.timesteps.to(self._device),
+            coefficients=table.coefficients.to(self._device),
+            class_labels=self._int64([0]),
+            guidance_scale=torch.full((1,), 2.0, device=self._device),
+            guided=self._int64([0] if pipeline.num_classes else []),
+            noise=None,
+        )
+        latents, _ = self._denoise(batch)
+        if not torch.isfinite(latents).all():
+            raise ArithmeticError(f"{pipeline.name} computes values that are not finite")
+        pipeline.decode(latents)
+
+    def _batch(self, jobs: Sequence[ImageJob], latents: Tensor, history: Tensor) -> StepBatch:
+        tables = [self._table(job) for job in jobs]
+        coefficients = torch.stack(
+            [table.coefficients[job.step_index] for table, job in zip(tables, jobs, strict=True)]
+        )
+        scales = torch.tensor([job.request.guidance_scale for job in jobs], dtype=torch.float32)
+        guided = [index for index, job in enumerate(jobs) if job.request.guidance_scale != 1.0]
+        return StepBatch(
+            latents=latents,
+            history=history,
+            timesteps=torch.stack(
+                [table.timesteps[job.step_index] for table, job in zip(tables, jobs, strict=True)]
+            ).to(self._device),
+            coefficients=coefficients.to(self._device),  # (n, 8)
+            class_labels=self._int64([job.request.class_label for job in jobs]),
+            guidance_scale=scales.to(self._device),
+            guided=self._int64(guided),
+            noise=self._step_noise(jobs, tables),
+        )
+
+    def _step_noise(self, jobs: Sequence[ImageJob], tables: Sequence[SamplerTable]) -> Tensor | None:
+        """(n, C, H, W): draw i + 1 for a stochastic image at step i, zeros for the others."""
+        noisy = [index for index, table in enumerate(tables) if table.stochastic]
+        if not noisy:
+            return None
+        drawn = self._noise([jobs[index] for index in noisy], [jobs[index].step_index + 1 for index in noisy])
+        noise = torch.zeros((len(jobs), *self._pipeline.latent_shape), device=self._device)
+        noise[self._int64(noisy)] = drawn
+        return noise
+
+    def _noise(self, jobs: Sequence[ImageJob], draws: Sequence[int]) -> Tensor:
+        return gaussian_noise(
+            self._int64([job.request.seed for job in jobs]),
+            self._int64([job.image_index for job in jobs]),
+            self._int64(draws),
+            self._pipeline.latent_shape,
+        )  # (n, C, H, W)
+
+    def _denoise(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        pipeline = self._pipeline
+        return denoise_step(
+            pipeline.network,
+            batch,
+            null_label=pipeline.null_label,
+            guidance_channels=pipeline.guidance_channels,
+        )
+
+    def _table(self, job: ImageJob) -> SamplerTable:
+        request = job.request
+        return sampler_table(request.sampler, request.num_inference_steps, self._pipeline.schedule)
+
+    def _int64(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._device)
+
+    def _record_event(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _limit_run_ahead(self) -> None:
+        """Wait for the step before this one: the launch of a step overlaps the one that runs, and no more.
+
+        Without it the host would queue whole requests on the device, and a new one could not join at the
+        next step.
+        """
+        before, self._step_done = self._step_done, self._record_event()
+        if before is not None:
+            before.synchronize()

@@ -1,0 +1,128 @@
+"""Which images take the next denoising step. Holds no tensor and knows no device.
+
+    lane    one model at one resolution: only its images can share a network call
+    slot    a place for one image's latents in a lane; an image holds it from its first step to its last
+    row     one network evaluation: two a step for a guided image, else one; a step has at most `max_rows`
+
+Between requests of a lane, free slots are given in turn (round robin), so that one image does not wait
+behind sixteen of another client; an image that does not fit the rows left is not overtaken by a smaller
+one. Between lanes, the turn goes to the one with the least virtual time, which is device time used, with no
+credit for having been idle (start-time fair queueing, Goyal et al. 1996): n busy lanes get 1/n of the
+device each, whatever their steps cost, and a lane waits at most for a step of each other lane and its own
+lead, which is one step.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from service.engine.request import ImageJob, Ticket
+
+__all__ = ["PlannedStep", "Scheduler"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStep:
+    """The next step: every image of `lane` that holds a slot."""
+
+    lane: str
+    jobs: tuple[ImageJob, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Network evaluations of the step."""
+        return sum(job.request.rows_per_image for job in self.jobs)
+
+
+class _Lane:
+    def __init__(self, name: str, num_slots: int) -> None:
+        self.name = name
+        self.waiting: OrderedDict[Ticket, deque[ImageJob]] = OrderedDict()
+        self.active: dict[int, ImageJob] = {}
+        self.free_slots = list(range(num_slots))
+        self.virtual_time_s = 0.0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.active or self.waiting)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(job.request.rows_per_image for job in self.active.values())
+
+
+class Scheduler:
+    """Queues, slots and turns of all lanes of one device. Used by one thread."""
+
+    def __init__(self, lanes: Iterable[str], *, max_rows: int) -> None:
+        if max_rows < 2:
+            raise ValueError(f"max_rows: {max_rows} given; a guided image needs 2 or more")
+        self.max_rows = max_rows
+        self._lanes = {name: _Lane(name, max_rows) for name in lanes}
+        self._virtual_time_s = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        """Images that wait for a slot."""
+        return sum(len(jobs) for lane in self._lanes.values() for jobs in lane.waiting.values())
+
+    @property
+    def num_active(self) -> int:
+        """Images that hold a slot."""
+        return sum(len(lane.active) for lane in self._lanes.values())
+
+    def add(self, ticket: Ticket) -> None:
+        """Queue the images of a request."""
+        lane = self._lanes[ticket.request.model]
+        if not lane.busy:
+            lane.virtual_time_s = max(lane.virtual_time_s, self._virtual_time_s)
+        lane.waiting[ticket] = deque(ticket.jobs)
+
+    def schedule(self, *, admit: bool = True) -> PlannedStep | None:
+        """The next step, or None when there is nothing to do; `admit` False gives out no further slots."""
+        candidates = [lane for lane in self._lanes.values() if lane.active or (admit and lane.waiting)]
+        if not candidates:
+            return None
+        lane = min(candidates, key=lambda candidate: candidate.virtual_time_s)
+        self._virtual_time_s = lane.virtual_time_s
+        if admit:
+            self._fill_slots(lane)
+        return PlannedStep(lane=lane.name, jobs=tuple(lane.active.values()))
+
+    def charge(self, lane: str, seconds: float) -> None:
+        """Book device time that a step of `lane` took."""
+        self._lanes[lane].virtual_time_s += seconds
+
+    def release(self, job: ImageJob) -> None:
+        """Take one image out of its slot, which the next step may fill again."""
+        lane = self._lanes[job.request.model]
+        if job.slot is not None and lane.active.get(job.slot) is job:
+            del lane.active[job.slot]
+            lane.free_slots.append(job.slot)
+            job.slot = None
+
+    def drop(self, ticket: Ticket) -> int:
+        """Take all images of a request out of queue and slots; returns how many of them were still queued."""
+        for job in ticket.jobs:
+            self.release(job)
+        return len(self._lanes[ticket.request.model].waiting.pop(ticket, ()))
+
+    def _fill_slots(self, lane: _Lane) -> None:
+        rows_left = self.max_rows - lane.num_rows
+        while lane.waiting and lane.free_slots:
+            ticket, jobs = next(iter(lane.waiting.items()))
+            if jobs[0].request.rows_per_image > rows_left:
+                break
+            job = jobs.popleft()
+            job.slot = lane.free_slots.pop()
+            lane.active[job.slot] = job
+            rows_left -= job.request.rows_per_image
+            if jobs:
+                lane.waiting.move_to_end(ticket)
+            else:
+                del lane.waiting[ticket]

@@ -1,0 +1,217 @@
+"""What can go wrong, in one tree. The class carries the HTTP status and a stable `code`; one handler
+renders them all.
+
+ServiceError                   500 internal_error
+|-- RequestError               400 bad_request            the client's to mend
+|   |-- InvalidJSON            400 invalid_json
+|   |-- NotFound               404 not_found
+|   |-- MethodNotAllowed       405 method_not_allowed
+|   |-- BodyTimeout            408 body_timeout
+|   |-- PayloadTooLarge        413 payload_too_large
+|   |-- UnsupportedMediaType   415 unsupported_media_type
+|   `-- InvalidField           422 invalid_field          names field, value and what is accepted
+|       `-- UnknownField       422 unknown_field
+|-- Retryable                  503 unavailable            the same request may succeed later: Retry-After
+|   |-- QueueFull              429 queue_full
+|   |-- NotReady               503 not_ready
+|   |-- Draining               503 draining
+|   `-- EngineStopped          503 engine_stopped
+`-- GenerationFailed           500 generation_failed      this request's work failed; others go on
+
+StartupError is never sent: the process ends with exit code 2 and its one line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, ClassVar
+
+__all__ = [
+    "BodyTimeout",
+    "Draining",
+    "EngineStopped",
+    "GenerationFailed",
+    "InvalidField",
+    "InvalidJSON",
+    "MethodNotAllowed",
+    "NotFound",
+    "NotReady",
+    "PayloadTooLarge",
+    "QueueFull",
+    "RequestError",
+    "Retryable",
+    "ServiceError",
+    "StartupError",
+    "UnknownField",
+    "UnsupportedMediaType",
+    "shown",
+]
+
+_SHOWN_CHARACTERS = 80
+
+
+class ServiceError(Exception):
+    """An error with a status, a code that programs may rely on, and a message for people."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+
+    def details(self) -> dict[str, Any]:
+        """What the error body says beside code, message and request id."""
+        return {}
+
+    def headers(self) -> dict[str, str]:
+        """Response headers that belong to the status."""
+        return {}
+
+
+class RequestError(ServiceError):
+    """The request cannot be served as it is."""
+
+    status = 400
+    code = "bad_request"
+
+
+class InvalidJSON(RequestError):
+    """The body is not JSON."""
+
+    code = "invalid_json"
+
+
+class NotFound(RequestError):
+    """There is no such path."""
+
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, with other methods."""
+
+    status = 405
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, *, allow: str | None = None) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+    def headers(self) -> dict[str, str]:
+        return {"Allow": self.allow} if self.allow else {}
+
+
+class BodyTimeout(RequestError):
+    """The body did not come in time."""
+
+    status = 408
+    code = "body_timeout"
+
+
+class PayloadTooLarge(RequestError):
+    """The body is over the limit, which says nothing of what is in it."""
+
+    status = 413
+    code = "payload_too_large"
+
+
+class UnsupportedMediaType(RequestError):
+    """The body is of a type that this path does not read."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class InvalidField(RequestError):
+    """One field's value is not accepted: `field: value given; this model accepts ...`."""
+
+    status = 422
+    code = "invalid_field"
+
+    def __init__(self, field: str, value: object, accepted: str, *, by: str = "this model") -> None:
+        super().__init__(f"{field}: {shown(value)} given; {by} accepts {accepted}")
+        self.field = field
+        self.value = value
+        self.accepted = accepted
+
+    def details(self) -> dict[str, Any]:
+        return {"field": self.field, "value": _json_value(self.value), "accepted": self.accepted}
+
+
+class UnknownField(InvalidField):
+    """A field that the request does not have: a typing error must not pass for a setting."""
+
+    code = "unknown_field"
+
+    def __init__(self, field: str, value: object, accepted: str) -> None:
+        super().__init__(field, value, accepted, by="this request")
+
+
+class Retryable(ServiceError):
+    """Nothing is wrong with the request; the server cannot take it now."""
+
+    status = 503
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+class QueueFull(Retryable):
+    """As many images wait as may wait."""
+
+    status = 429
+    code = "queue_full"
+
+
+class NotReady(Retryable):
+    """The models are still being loaded."""
+
+    code = "not_ready"
+
+
+class Draining(Retryable):
+    """The process is about to end and finishes only what it has accepted."""
+
+    code = "draining"
+
+
+class EngineStopped(Retryable):
+    """The engine's thread has ended; liveness fails, so whoever supervises the process restarts it."""
+
+    code = "engine_stopped"
+
+
+class GenerationFailed(ServiceError):
+    """The work of one request failed on the device; its neighbours go on."""
+
+    code = "generation_failed"
+
+
+class StartupError(Exception):
+    """The process cannot start as it was asked to; the message is one line."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: in JSON's notation, so that "5" and 5 look different, and never long."""
+    try:
+        text = json.dumps(value, ensure_ascii=True)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+
+
+def _json_value(value: object) -> object:
+    """A value as an error body repeats it: numbers and short strings as they are, else as shown."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else shown(value)  # NaN and Infinity are not JSON
+    if isinstance(value, int):
+        return value if abs(value) < 2**63 else shown(value)
+    if isinstance(value, str) and len(value) <= _SHOWN_CHARACTERS:
+        return value
+    return shown(value)

@@ -1,0 +1,127 @@
+"""What the server counts and times, for Prometheus. Names are vLLM's with the prefix `lamamba_`.
+
+    request -> queue -> denoise -> decode -> encode -> response
+               '-- lamamba_stage_latency_seconds{stage} --'   all of it: lamamba_e2e_request_latency_seconds
+
+A `Metrics` owns its registry, so that a process (or a test) can hold several servers. Label values come
+from fixed sets: nothing that a client sends becomes a label.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["METRICS_CONTENT_TYPE", "STAGES", "Metrics", "RateWindow"]
+
+METRICS_CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+STAGES: Final = ("queue", "denoise", "decode", "encode")
+
+# From a few milliseconds (encoding) to minutes (ddpm at 250 steps behind a full queue).
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+_STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class RateWindow:
+    """Events a second over the last `window_s` seconds; safe to use from several threads."""
+
+    def __init__(self, window_s: float = 60.0, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._window_s = window_s
+        self._clock = clock
+        self._started = clock()
+        self._times: deque[float] = deque()
+        self._lock = threading.Lock()
+
+    def add(self) -> None:
+        """Count one event, now."""
+        with self._lock:
+            self._times.append(self._clock())
+
+    def per_second(self) -> float:
+        """The rate over the window, or over the time since the start where that is shorter."""
+        now = self._clock()
+        with self._lock:
+            while self._times and self._times[0] <= now - self._window_s:
+                self._times.popleft()
+            return len(self._times) / max(1.0, min(self._window_s, now - self._started))
+
+
+class Metrics:
+    """The server's instruments. The engine and the routes write them; `/metrics` reads them."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.registry = CollectorRegistry()
+        self.image_rate = RateWindow(clock=clock)
+
+        self.requests = self._counter("requests", "HTTP requests answered.", "route", "status")
+        self.images = self._counter("images", "Images denoised and decoded.")
+        self.steps = self._counter("denoising_steps", "Denoising steps run, whatever their number of rows.")
+        self.rows = self._counter("rows", "Rows denoised: network evaluations of one image.")
+        self.rejections = self._counter("rejections", "Requests turned away, by error code.", "code")
+        self.cancellations = self._counter("cancellations", "Requests whose client left before the answer.")
+        self.failures = self._counter(
+            "failures", "Requests that were accepted and failed, by stage.", "stage"
+        )
+
+        self.e2e_request_latency = self._histogram(
+            "e2e_request_latency_seconds", "From a request's arrival to its answer.", _SECONDS
+        )
+        self.stage_latency = self._histogram(
+            "stage_latency_seconds", "Time a request spent in a stage.", _SECONDS, "stage"
+        )
+        self.step_latency = self._histogram(
+            "step_latency_seconds", "Time of a denoising step.", _STEP_SECONDS
+        )
+        self.step_rows = self._histogram("step_rows", "Rows of a denoising step.", _ROWS)
+
+        self._gauge("images_per_second", "Images finished a second, over the last minute.").set_function(
+            self.image_rate.per_second
+        )
+        self._requests_running = self._gauge("num_requests_running", "Requests with work on the device.")
+        self._requests_waiting = self._gauge(
+            "num_requests_waiting", "Requests none of whose images has started."
+        )
+        self._images_waiting = self._gauge("queue_images", "Images that wait for a slot.")
+        for stage in STAGES:
+            self.stage_latency.labels(stage)  # shown from the start, with zeros
+        for stage in ("denoise", "decode"):
+            self.failures.labels(stage)
+
+    def read_load(
+        self,
+        *,
+        requests_running: Callable[[], float],
+        requests_waiting: Callable[[], float],
+        images_waiting: Callable[[], float],
+    ) -> None:
+        """Name the functions that the load gauges read at each scrape, so that they are never stale."""
+        self._requests_running.set_function(requests_running)
+        self._requests_waiting.set_function(requests_waiting)
+        self._images_waiting.set_function(images_waiting)
+
+    def count_image(self) -> None:
+        """Count one finished image."""
+        self.images.inc()
+        self.image_rate.add()
+
+    def render(self) -> bytes:
+        """All values in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, namespace="lamamba", registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, namespace="lamamba", registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, namespace="lamamba", registry=self.registry, buckets=buckets)

@@ -1,0 +1,196 @@
+"""What one process serves, from the first import to the last answer: models, engine, encoders, and their
+states.
+
+    loading -> ready -> draining -> stopped
+       `-> failed (a model cannot be loaded, or the engine has died)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.cpu_threads import available_cpu_threads
+from model.pretrained import PRETRAINED_RESOLUTIONS, default_model_dir
+from service.catalog import Catalog, ServedModel
+from service.engine.engine import Engine
+from service.errors import Draining, EngineStopped, NotReady, StartupError
+from service.logs import adopt_library_logs
+from service.metrics import Metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from service.engine.pipeline import ServedPipeline
+    from service.settings import Settings
+
+__all__ = ["Runtime", "RuntimeState"]
+
+# On a CPU a row costs the same in a batch of 8 as in one of 32, which would only make everybody wait longer.
+_MAX_ROWS = {"cpu": 8, "cuda": 128}
+
+_logger = logging.getLogger(__name__)
+
+
+class RuntimeState(StrEnum):
+    """Where the process is between start and end."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Runtime:
+    """The parts that the routes share. Used on the event loop; what blocks runs in threads."""
+
+    def __init__(self, settings: Settings, pipelines: Sequence[ServedPipeline] | None = None) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.encoders = ThreadPoolExecutor(settings.num_encoders, thread_name_prefix="lamamba-encoder")
+        self.failure: StartupError | None = None
+        self._given = pipelines
+        self._catalog: Catalog | None = None
+        self._engine: Engine | None = None
+        self._draining = False
+
+    @property
+    def state(self) -> RuntimeState:
+        """Where the process is now."""
+        if self.failure is not None or (self._engine is not None and not self._engine.alive):
+            return RuntimeState.FAILED
+        if self._draining:
+            return RuntimeState.DRAINING
+        return RuntimeState.LOADING if self._engine is None else RuntimeState.READY
+
+    @property
+    def idle(self) -> bool:
+        """Whether every accepted request is answered."""
+        return self._engine is None or self._engine.idle
+
+    @property
+    def catalog(self) -> Catalog:
+        """The loaded models. Raises NotReady while there are none."""
+        if self._catalog is None or self._engine is None:
+            raise self._not_ready()
+        return self._catalog
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises NotReady or Draining when it takes no requests."""
+        if self._engine is None:
+            raise self._not_ready()
+        if self._draining:
+            raise Draining("this server is shutting down and takes no further requests")
+        return self._engine
+
+    def _not_ready(self) -> NotReady | EngineStopped:
+        if self.failure is not None:
+            return EngineStopped(f"this server could not start: {self.failure}")
+        return NotReady("the models are being loaded; ask again soon")
+
+    async def start(self) -> None:
+        """Load and warm the models; keeps a failure to be looked at, since the server answers meanwhile."""
+        started = time.monotonic()
+        try:
+            await asyncio.to_thread(self._start)
+        except StartupError as error:
+            self.failure = error
+            _logger.error("cannot start: %s", error)
+        except (
+            Exception
+        ) as error:  # a defect of ours: better an end with a trace than a start that never ends
+            self.failure = StartupError(f"internal error: {type(error).__name__}: {_one_line(error)}")
+            _logger.exception("cannot start")
+        else:
+            _logger.info("ready after %.1f s", time.monotonic() - started)
+
+    async def stop(self) -> None:
+        """End the threads; work that is not finished is answered with Draining."""
+        self._draining = True
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop)
+        self.encoders.shutdown(wait=False)
+
+    def drain(self) -> None:
+        """Turn new requests away; what was accepted is finished."""
+        self._draining = True
+        if self._engine is not None:
+            self._engine.drain()
+
+    def _start(self) -> None:
+        settings = self.settings
+        torch.set_num_threads(settings.num_threads or available_cpu_threads())
+        pipelines = self._given if self._given is not None else [*self._load()]
+        try:
+            catalog = Catalog(
+                tuple(
+                    ServedModel(pipeline=pipeline, max_images_per_request=settings.max_images_per_request)
+                    for pipeline in pipelines
+                )
+            )
+            engine = Engine(
+                {pipeline.name: pipeline for pipeline in pipelines},
+                max_rows=settings.max_rows or _MAX_ROWS[pipelines[0].device.type],
+                max_queue_images=settings.max_queue_images,
+                metrics=self.metrics,
+            )
+        except ValueError as error:
+            raise StartupError(str(error)) from error
+        try:
+            engine.start()
+        except Exception as error:  # a model that loads and does not run is as bad as one that does not load
+            engine.stop()
+            reason = f"{type(error).__name__}: {_one_line(error)}"
+            raise StartupError(f"the first image failed: {reason}") from error
+        self._catalog, self._engine = catalog, engine
+
+    def _load(self) -> list[ServedPipeline]:
+        # diffusers takes seconds to import: here the server answers its probes meanwhile.
+        from model.pipeline import LaMambaPipeline
+
+        adopt_library_logs()
+        settings = self.settings
+        device = None if settings.device == "auto" else settings.device
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            raise StartupError(f"device: {device} given; this machine offers cpu")
+        pipelines: list[ServedPipeline] = []
+        for folder in settings.models or _default_models():
+            try:
+                pipeline = LaMambaPipeline.load(
+                    folder,
+                    device=device,
+                    dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+                    scan_backend=settings.scan_backend,
+                )
+            except ValueError as error:  # the pipeline's own words, which name the folder
+                raise StartupError(_one_line(error)) from error
+            except Exception as error:  # whatever else a broken folder or a full device makes libraries raise
+                _logger.debug("loading %s failed", folder, exc_info=True)
+                raise StartupError(f"{folder}: {type(error).__name__}: {_one_line(error)}") from error
+            _logger.info(
+                "loaded %s: %d px, %d classes, on %s in %s, scan backend %s",
+                *(pipeline.name, pipeline.resolution, pipeline.num_classes),
+                *(pipeline.device, str(pipeline.dtype).removeprefix("torch."), pipeline.scan_backend),
+            )
+            pipelines.append(pipeline)
+        return pipelines
+
+
+def _default_models() -> list[Path]:
+    folders = [default_model_dir(resolution) for resolution in PRETRAINED_RESOLUTIONS]
+    shipped = [folder for folder in folders if (folder / "model_index.json").is_file()]
+    if not shipped:
+        raise StartupError("models: none given and none shipped; name one by --models or LAMAMBA_MODELS")
+    return shipped
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

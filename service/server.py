@@ -1,0 +1,103 @@
+"""The process around the app: the socket, uvicorn, and what signals do.
+
+SIGTERM or SIGINT   readiness goes false and new requests get 503, while probes are still answered and
+                    accepted work is finished, for at most `drain_timeout_s`; then the process ends with 0
+a second one        ends it at once
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from service.app import create_app
+from service.errors import StartupError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from fastapi import FastAPI
+
+    from service.runtime import Runtime
+    from service.settings import Settings
+
+__all__ = ["DrainingServer", "bind_socket", "run_server"]
+
+_GRACE_S = 10  # for answers that are made and still being sent
+
+_logger = logging.getLogger(__name__)
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn, but for the end: it drains before it closes its sockets, and a signal is not raised again
+    after it.
+
+    Uvicorn would stop listening at once, which fails the probes of a process that still works, and would
+    end it by the signal instead of with exit code 0.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,  # ours names the request id
+                server_header=False,
+                lifespan="on",
+                timeout_graceful_shutdown=_GRACE_S,
+            )
+        )
+        self._runtime: Runtime = app.state.runtime
+        self._drain_timeout_s = settings.drain_timeout_s
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain at the first signal, end at the second."""
+        if self._drain_until is None:
+            self._drain_until = time.monotonic() + self._drain_timeout_s
+            self._runtime.drain()
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second: whether the server is to close."""
+        if self._runtime.failure is not None:
+            self.should_exit = True
+        if self._drain_until is not None and (self._runtime.idle or time.monotonic() > self._drain_until):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to the address. Raises StartupError with the reason where that is not possible."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartupError(f"host: {host} given; it has no address ({error.strerror})") from error
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise StartupError(f"port: cannot listen on {host}:{port} ({error.strerror})") from error
+    bound.set_inheritable(True)
+    return bound
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until a signal. Raises StartupError if a model cannot be loaded or the address is taken."""
+    with bind_socket(settings.host, settings.port) as bound:
+        host, port = bound.getsockname()[:2]
+        app = create_app(settings)
+        _logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        DrainingServer(app, settings).run(sockets=[bound])
+        runtime: Runtime = app.state.runtime
+        if runtime.failure is not None:
+            raise runtime.failure

@@ -1,0 +1,117 @@
+"""Every setting of the server, read once from `LAMAMBA_*` environment variables or given by the command line.
+
+A variable that starts with LAMAMBA_ and is no setting stops the start: a misspelt limit must not pass
+silently for the default one. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.errors import StartupError, shown
+
+__all__ = ["ENVIRONMENT_PREFIX", "Settings", "load_settings"]
+
+ENVIRONMENT_PREFIX = "LAMAMBA_"
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+class Settings(BaseSettings):
+    """The server's settings; the environment variable of each is LAMAMBA_ and its name in capitals."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+    )
+
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Model folders or hub ids, separated by commas; empty: the shipped models."
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    root_path: str = Field("", description="Path under which a reverse proxy serves this server.")
+    device: str = Field("auto", description="auto (CUDA where there is a device), cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="The network's number format; auto: float32 on CPU, bfloat16 on CUDA."
+    )
+    scan_backend: Literal["auto", "reference", "vectorized", "mamba_cuda", "triton"] = Field(
+        "auto", description="Implementation of the selective scan."
+    )
+    num_threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads of the network; 0: as many as the cgroup's quota allows."
+    )
+    max_rows: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Network rows a step (a guided image takes 2); 0: 8 on CPU, 128 on CUDA.",
+    )
+    max_queue_images: int = Field(256, ge=1, le=1_000_000, description="Images that may wait; beyond: 429.")
+    max_images_per_request: int = Field(16, ge=1, le=1024, description="Largest num_images of a request.")
+    max_body_bytes: int = Field(65_536, ge=256, le=2**30, description="Largest request body; beyond: 413.")
+    body_timeout_s: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="Time a client has to send its body, in seconds."
+    )
+    drain_timeout_s: float = Field(
+        60.0, ge=0, allow_inf_nan=False, description="Time that accepted work has to finish after SIGTERM."
+    )
+    num_encoders: int = Field(2, ge=1, le=64, description="Threads that encode PNG, JPEG and WebP.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_json: bool = Field(False, description="Log records as JSON, one a line.")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split_models(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError("accepted are auto, cpu, cuda and cuda:N")
+        return value
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, value: str) -> str:
+        if value and (not value.startswith("/") or value.endswith("/")):
+            raise ValueError("a path starts with / and does not end with it")
+        return value
+
+
+def load_settings(**given: Any) -> Settings:
+    """The settings of the environment, overridden by the given ones that are not None.
+
+    Raises StartupError with one line that names the variable (or the option) and its value.
+    """
+    _reject_unknown_variables(os.environ)
+    overrides = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        label = name if name in overrides else f"{ENVIRONMENT_PREFIX}{name.upper()}"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise StartupError(f"{label}: {shown(first['input'])} given; {reason}") from error
+
+
+def _reject_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = [name.upper() for name in Settings.model_fields]
+    for variable in sorted(environ):
+        name = variable.upper().removeprefix(ENVIRONMENT_PREFIX)
+        if name == variable.upper() or name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = "did you mean" if near else "there are"
+        names = ", ".join(f"{ENVIRONMENT_PREFIX}{known_name}" for known_name in near or sorted(known))
+        raise StartupError(f"{variable}: no such setting; {hint} {names}{'?' if near else ''}")

@@ -1,0 +1,351 @@
+"""service/engine: if this fails, users get each other's pictures, wait for strangers, or are never answered.
+
+The engine runs on the CPU with a fake network; what its hooks do happens in the engine's thread, between
+the same two steps in every run, so no test waits for a clock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.pipeline import LaMambaPipeline
+from service.engine.engine import Engine
+from service.engine.request import GenerationRequest, Ticket
+from service.errors import Draining, EngineStopped, GenerationFailed, QueueFull
+from service.metrics import Metrics
+from tests.fakes import fake_pipeline
+
+TIMEOUT_S = 30.0  # an answer that does not come is a failure, not a hang
+TOLERANCE = 1  # of 255: rounding at the boundary of two pixel values; sums of another batch size
+
+REQUEST = GenerationRequest(
+    request_id="r",
+    model="fake-16",
+    class_label=1,
+    guidance_scale=2.5,
+    num_inference_steps=6,
+    sampler="dpm++",
+    seed=11,
+)
+
+EngineFactory = Callable[..., Engine]
+
+
+@pytest.fixture
+def engine_of() -> Iterator[EngineFactory]:
+    """Makes engines and stops them at the end of the test."""
+    engines: list[Engine] = []
+
+    def make(*pipelines: LaMambaPipeline, start: bool = True, **options: Any) -> Engine:
+        options = {"max_rows": 8, "max_queue_images": 64, "metrics": Metrics()} | options
+        engine = Engine({pipeline.name: pipeline for pipeline in pipelines}, **options)
+        engines.append(engine)
+        if start:
+            engine.start()
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.stop()
+
+
+def images(ticket: Ticket) -> list[np.ndarray]:
+    return [job.result.result(TIMEOUT_S) for job in ticket.jobs]
+
+
+def alone(pipeline: LaMambaPipeline, request: GenerationRequest) -> np.ndarray:
+    """What the in-process pipeline makes of a request, one image at a time."""
+    made = [
+        pipeline.generate(
+            [request.class_label],
+            seeds=[request.seed],
+            image_indices=[request.image_index + offset],
+            guidance_scale=request.guidance_scale,
+            num_inference_steps=request.num_inference_steps,
+            sampler=request.sampler,
+        )
+        for offset in range(request.num_images)
+    ]
+    return torch.cat(made).numpy()
+
+
+def assert_equals_alone(ticket: Ticket, pipeline: LaMambaPipeline) -> None:
+    difference = np.abs(np.stack(images(ticket)).astype(int) - alone(pipeline, ticket.request).astype(int))
+    assert difference.max() <= TOLERANCE, ticket.request
+
+
+def test_engine_mixed_samplers_steps_and_guidance_equal_each_image_alone(engine_of: EngineFactory) -> None:
+    small, large = fake_pipeline(), fake_pipeline("fake-32", resolution=32)
+    engine = engine_of(small, large, max_rows=7)
+    requests = [
+        replace(
+            REQUEST,
+            request_id=f"r{index}",
+            model=("fake-16", "fake-32")[index % 2],
+            class_label=index % 5,
+            guidance_scale=(1.0, 1.5, 4.0, 20.0)[index % 4],
+            num_inference_steps=1 + index % 9,
+            sampler=("ddpm", "ddim", "dpm++")[index % 3],
+            seed=(0, 2**40, 2**63 - 1)[index % 3] - (index if index % 3 else 0),
+            num_images=1 + index % 3,
+        )
+        for index in range(24)
+    ]
+    tickets = [engine.submit(request) for request in requests]
+    for ticket in tickets:
+        assert_equals_alone(ticket, small if ticket.request.model == "fake-16" else large)
+    assert engine.wait_idle(TIMEOUT_S)
+
+
+def test_engine_a_request_joins_the_running_batch_and_a_finished_one_leaves(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline, start=False)
+    network: Any = pipeline.network
+    late: list[Ticket] = []
+
+    def submit_at_third_step() -> None:
+        if len(network.rows_of_calls) == 2:
+            late.append(engine.submit(replace(REQUEST, num_inference_steps=2, seed=5, guidance_scale=1.0)))
+
+    network.before_call = submit_at_third_step
+    early = engine.submit(REQUEST)
+    while engine.step():
+        pass
+    assert network.rows_of_calls == [2, 2, 2, 3, 3, 2]
+    assert early.jobs[0].finished
+    assert late[0].jobs[0].finished
+    assert early.started_at is not None
+    assert late[0].started_at is not None
+    assert early.started_at < late[0].started_at
+    assert late[0].denoised_at is not None
+    assert early.denoised_at is not None
+    assert late[0].denoised_at < early.denoised_at
+
+
+def test_engine_joining_mid_run_changes_nobody(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline)
+    network: Any = pipeline.network
+    late: list[Ticket] = []
+    start = len(network.rows_of_calls)
+
+    def submit_at_some_steps() -> None:
+        if len(network.rows_of_calls) - start in (2, 5, 9):
+            late.append(engine.submit(replace(REQUEST, seed=100 + len(late), sampler="ddpm", class_label=3)))
+
+    network.before_call = submit_at_some_steps
+    early = engine.submit(replace(REQUEST, num_inference_steps=12, sampler="ddpm"))
+    images(early)
+    network.before_call = lambda: None
+    assert len(late) == 3
+    for ticket in (early, *late):
+        assert_equals_alone(ticket, pipeline)
+
+
+def test_engine_cancel_frees_the_slot_at_the_next_step_and_leaves_the_neighbours_pixels(
+    engine_of: EngineFactory,
+) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline, max_rows=4)
+    network: Any = pipeline.network
+    start = len(network.rows_of_calls)
+    rows_at_cancel: list[int] = []
+    tickets: list[Ticket] = []
+
+    def cancel_at_fourth_step() -> None:
+        if len(network.rows_of_calls) - start == 3:
+            rows_at_cancel.append(len(network.rows_of_calls))
+            engine.cancel(tickets[1])
+
+    with_neighbour = threading.Event()
+    network.before_call = lambda: with_neighbour.wait(TIMEOUT_S) and cancel_at_fourth_step()
+    tickets += [engine.submit(replace(REQUEST, seed=seed, num_inference_steps=8)) for seed in (1, 2, 3)]
+    with_neighbour.set()
+    images(tickets[0])
+    images(tickets[2])
+    network.before_call = lambda: None
+    assert tickets[1].jobs[0].result.cancelled()
+    assert_equals_alone(tickets[0], pipeline)
+    assert_equals_alone(tickets[2], pipeline)  # it took the slot that the cancelled one left
+    assert rows_at_cancel
+    assert engine.wait_idle(TIMEOUT_S)
+
+
+def test_engine_cancel_of_a_finished_request_is_no_cancellation(engine_of: EngineFactory) -> None:
+    metrics = Metrics()
+    engine = engine_of(fake_pipeline(), metrics=metrics)
+    ticket = engine.submit(REQUEST)
+    images(ticket)
+    engine.cancel(ticket)
+    assert b"lamamba_cancellations_total 0.0" in metrics.render()
+
+
+def test_engine_turns_a_full_queue_away_before_any_work(engine_of: EngineFactory) -> None:
+    engine = engine_of(fake_pipeline(), start=False, max_queue_images=5)
+    engine.submit(replace(REQUEST, num_images=4))
+    with pytest.raises(QueueFull, match=r"4 images wait and 2 more were given; .* accepts 5") as refusal:
+        engine.submit(replace(REQUEST, num_images=2))
+    assert int(refusal.value.headers()["Retry-After"]) >= 1
+    engine.submit(REQUEST)
+
+
+def test_engine_queue_places_come_back_when_images_start_or_are_cancelled(engine_of: EngineFactory) -> None:
+    engine = engine_of(fake_pipeline(), start=False, max_rows=4, max_queue_images=6)
+    first = engine.submit(replace(REQUEST, num_images=6))
+    engine.step()  # two images started, four wait
+    second = engine.submit(replace(REQUEST, num_images=2))
+    with pytest.raises(QueueFull):
+        engine.submit(REQUEST)
+    engine.cancel(first)
+    engine.cancel(second)
+    engine.step()
+    engine.submit(replace(REQUEST, num_images=6))
+
+
+@pytest.mark.parametrize(
+    ("fault", "stage"), [("failing_label", "denoise"), ("nan_label", "decode")], ids=["raises", "nan"]
+)
+def test_engine_a_failing_request_fails_alone(engine_of: EngineFactory, fault: str, stage: str) -> None:
+    pipeline = fake_pipeline()
+    metrics = Metrics()
+    engine = engine_of(pipeline, metrics=metrics)
+    setattr(pipeline.network, fault, 4)
+    requests = [
+        replace(REQUEST, class_label=index % 5, seed=index, num_images=2, request_id=f"r{index}")
+        for index in range(10)
+    ]
+    tickets = [engine.submit(request) for request in requests]
+    for ticket in tickets:
+        if ticket.request.class_label == 4:
+            with pytest.raises(GenerationFailed, match=stage) as failure:
+                images(ticket)
+            assert "device" not in str(failure.value)
+        else:
+            images(ticket)
+    setattr(pipeline.network, fault, None)
+    for ticket in tickets:
+        if ticket.request.class_label != 4:
+            assert_equals_alone(ticket, pipeline)
+    assert engine.wait_idle(TIMEOUT_S)
+    assert engine.alive
+    assert f'lamamba_failures_total{{stage="{stage}"}} 2.0'.encode() in metrics.render()
+    assert_equals_alone(engine.submit(replace(REQUEST, class_label=4)), pipeline)
+
+
+def test_engine_a_failing_decode_fails_its_image_alone(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline)
+    autoencoder: Any = pipeline.autoencoder
+    victim = replace(REQUEST, seed=77, num_inference_steps=12)
+    pixels = alone(pipeline, victim)[0, ::4, ::4]  # (h, w, 3): one of each repeated latent pixel
+
+    def refuse_the_victim(latents: torch.Tensor) -> None:
+        made = torch.tanh(latents[:, :3]).add(1).mul(127.5).round().movedim(1, -1)  # (n, h, w, 3)
+        if (np.abs(made.numpy() - pixels).max(axis=(1, 2, 3)) <= TOLERANCE).any():
+            raise RuntimeError("out of memory")
+
+    autoencoder.before_decode = refuse_the_victim
+    tickets = [engine.submit(replace(victim, seed=seed)) for seed in (75, 76, 77, 78)]
+    for ticket in tickets:
+        if ticket.request.seed == 77:
+            with pytest.raises(GenerationFailed, match="decode"):
+                images(ticket)
+        else:
+            images(ticket)
+
+
+def test_engine_drain_finishes_what_was_accepted_and_takes_no_more(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline)
+    tickets = [engine.submit(replace(REQUEST, seed=seed, num_images=3)) for seed in range(5)]
+    engine.drain()
+    with pytest.raises(Draining):
+        engine.submit(REQUEST)
+    assert engine.wait_idle(TIMEOUT_S)
+    for ticket in tickets:
+        assert_equals_alone(ticket, pipeline)
+
+
+def test_engine_stop_answers_whatever_is_left(engine_of: EngineFactory) -> None:
+    engine = engine_of(fake_pipeline(), start=False)
+    ticket = engine.submit(REQUEST)
+    engine.stop()
+    with pytest.raises(Draining):
+        images(ticket)
+    assert engine.idle
+    with pytest.raises((Draining, EngineStopped)):
+        engine.submit(REQUEST)
+
+
+def test_engine_a_dead_thread_answers_everyone_and_says_so(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline)
+    assert engine.alive
+
+    def die() -> None:
+        raise SystemExit
+
+    network: Any = pipeline.network
+    network.before_call = die
+    with pytest.raises(EngineStopped):
+        images(engine.submit(REQUEST))
+    assert not engine.alive
+    with pytest.raises(EngineStopped):
+        engine.submit(REQUEST)
+
+
+def test_engine_start_raises_what_the_warm_up_raised(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    network: Any = pipeline.network
+    network.failing_label = 0
+    engine = engine_of(pipeline, start=False)
+    with pytest.raises(RuntimeError, match="fails on class 0"):
+        engine.start()
+    assert not engine.alive
+
+
+def test_engine_admits_nobody_while_the_decoder_lags(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline, max_rows=4)
+    autoencoder: Any = pipeline.autoencoder
+    gate = threading.Event()
+    autoencoder.before_decode = lambda latents: gate.wait(TIMEOUT_S)
+    ticket = engine.submit(replace(REQUEST, num_images=16, num_inference_steps=1))
+    network: Any = pipeline.network
+    calls_before = len(network.rows_of_calls)
+    gate.set()
+    images(ticket)
+    assert len(network.rows_of_calls) - calls_before <= 8
+    assert_equals_alone(ticket, pipeline)
+
+
+def test_engine_an_unconditional_model_makes_images(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline(num_classes=0)
+    engine = engine_of(pipeline)
+    ticket = engine.submit(replace(REQUEST, class_label=pipeline.null_label, guidance_scale=1.0))
+    assert_equals_alone(ticket, pipeline)
+
+
+def test_engine_measures_stages_and_counts_work(engine_of: EngineFactory) -> None:
+    metrics = Metrics()
+    ticks = iter(range(10_000))
+    engine = engine_of(fake_pipeline(), metrics=metrics, clock=lambda: float(next(ticks)))
+    ticket = engine.submit(replace(REQUEST, num_images=3))
+    images(ticket)
+    assert engine.wait_idle(TIMEOUT_S)
+    seconds = ticket.stage_seconds
+    assert list(seconds) == ["queue", "denoise", "decode"]
+    assert all(value > 0 for value in seconds.values())
+    text = metrics.render().decode()
+    assert "lamamba_images_total 3.0" in text
+    assert "lamamba_denoising_steps_total 6.0" in text
+    assert "lamamba_rows_total 36.0" in text
+    assert "lamamba_num_requests_running 0.0" in text
+    assert "lamamba_num_requests_waiting 0.0" in text

@@ -1,0 +1,351 @@
+"""POST /generate: if this fails, clients get wrong images, or no word on why they get none."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from model.diffusion.samplers import SAMPLERS
+from model.images import read_metadata
+from service.api.schemas import GenerateRequest
+from tests.fakes import LABELS, fake_pipeline
+from tests.service.conftest import ClientFactory
+
+PNG = {"Accept": "image/png"}
+BODY: dict[str, Any] = {"class_id": 2, "steps": 4, "seed": 9}
+
+
+def pixels(encoded: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def post(client: TestClient, body: Any, **headers: str) -> Any:
+    return client.post("/generate", json=body, headers=headers)
+
+
+def alone(body: dict[str, Any], image_index: int = 0, resolution: int = 16) -> np.ndarray:
+    made = fake_pipeline(resolution=resolution).generate(
+        [body["class_id"]],
+        seeds=[body["seed"]],
+        image_indices=[image_index],
+        guidance_scale=body.get("cfg_scale"),
+        num_inference_steps=body["steps"],
+        sampler=body.get("sampler", "dpm++"),
+    )
+    return made[0].numpy().astype(int)
+
+
+def test_generate_gives_the_pipelines_image_as_png(client: TestClient) -> None:
+    answer = client.post("/generate", json=BODY, headers=PNG)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "image/png"
+    assert np.abs(pixels(answer.content) - alone(BODY)).max() <= 1
+    assert answer.headers["x-lamamba-seed"] == "9"
+    assert answer.headers["x-lamamba-class-label"] == "venice square"
+    assert answer.headers["x-lamamba-steps"] == "4"
+    assert answer.headers["x-lamamba-sampler"] == "dpm++"
+    assert answer.headers["x-request-id"]
+    stages = [part.split(";")[0] for part in answer.headers["server-timing"].split(", ")]
+    assert stages == ["queue", "denoise", "decode", "encode", "total"]
+    assert read_metadata(answer.content) == {
+        "seed": "9",
+        "image_index": "0",
+        "class": "venice square",
+        "cfg": "2.5",
+        "steps": "4",
+        "sampler": "dpm++",
+        "model": "fake-16",
+        "weights": "0123456789ab",
+        "Software": "LaMamba",
+    }
+
+
+def test_generate_gives_several_images_as_json_each_reproducible_alone(client: TestClient) -> None:
+    body = BODY | {"num_images": 3, "sampler": "ddpm", "cfg_scale": 4.0}
+    answer = post(client, body).json()
+    assert answer["seeds"] == [9, 9, 9]
+    assert [image["image_index"] for image in answer["images"]] == [0, 1, 2]
+    assert {
+        key: answer[key] for key in ("model", "class_id", "class_label", "cfg_scale", "steps", "format")
+    } == {
+        "model": "fake-16",
+        "class_id": 2,
+        "class_label": "venice square",
+        "cfg_scale": 4.0,
+        "steps": 4,
+        "format": "png",
+    }
+    assert list(answer["timings"]) == ["queue", "denoise", "decode", "encode", "total"]
+    assert all(seconds >= 0 for seconds in answer["timings"].values())
+    for image in answer["images"]:
+        made = pixels(base64.b64decode(image["b64_json"]))
+        assert np.abs(made - alone(body, image["image_index"])).max() <= 1
+    again = post(client, body | {"num_images": 1, "image_index": 2}, Accept="image/png")
+    assert np.abs(pixels(again.content) - alone(body, 2)).max() <= 1
+    assert again.headers["x-lamamba-image-index"] == "2"
+
+
+def test_generate_without_a_seed_draws_and_reports_one(client: TestClient) -> None:
+    body = {"class_id": 0, "steps": 3}
+    first, second = post(client, body).json(), post(client, body).json()
+    assert first["seed"] != second["seed"]
+    again = post(client, body | {"seed": first["seed"]}).json()
+    assert again["images"][0]["b64_json"] == first["images"][0]["b64_json"]
+
+
+@pytest.mark.parametrize("class_id", [2, "venice square", "Venice Square "], ids=str)
+def test_generate_takes_a_class_by_id_or_label(client: TestClient, class_id: int | str) -> None:
+    assert post(client, BODY | {"class_id": class_id}).json()["class_id"] == 2
+
+
+@pytest.mark.parametrize(("resolution", "model"), [(16, "fake-16"), (32, "fake-32"), (None, "fake-16")])
+def test_generate_picks_the_model_by_resolution(client: TestClient, resolution: int, model: str) -> None:
+    answer = post(client, BODY | {"resolution": resolution}).json()
+    assert answer["model"] == model
+    made = pixels(base64.b64decode(answer["images"][0]["b64_json"]))
+    assert made.shape[0] == answer["resolution"] == int(model.removeprefix("fake-"))
+
+
+@pytest.mark.parametrize(
+    ("accept", "fields", "content_type"),
+    [
+        pytest.param("*/*", {}, "application/json", id="anything"),
+        pytest.param("image/*", {}, "image/png", id="any-image"),
+        pytest.param("image/webp", {}, "image/webp", id="named-by-accept"),
+        pytest.param("image/*", {"format": "jpeg", "quality": 40}, "image/jpeg", id="named-by-format"),
+        pytest.param("application/json, image/png;q=0.5", {}, "application/json", id="weights"),
+        pytest.param("application/json;q=0.2, image/png;q=0.5", {}, "image/png", id="weights-image"),
+        pytest.param("text/html", {}, "application/json", id="unservable"),
+        pytest.param("image/png", {"num_images": 2}, "application/json", id="several-images"),
+        pytest.param("image/png;q=nonsense", {}, "application/json", id="broken-weight"),
+    ],
+)
+def test_generate_negotiates_the_representation(
+    client: TestClient, accept: str, fields: dict[str, Any], content_type: str
+) -> None:
+    answer = post(client, BODY | fields, Accept=accept)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == content_type
+
+
+def test_generate_schema_names_the_samplers_that_there_are() -> None:
+    annotation = GenerateRequest.model_fields["sampler"].annotation
+    assert get_args(annotation) == SAMPLERS
+
+
+BAD_FIELDS = [
+    pytest.param(
+        {"class_id": 5}, "class_id", "5 given; this model accepts a class id from 0 to 4", id="class"
+    ),
+    pytest.param({"class_id": -1}, "class_id", "-1 given", id="class-negative"),
+    pytest.param({"class_id": "vence squre"}, "class_id", "'venice square'", id="class-near"),
+    pytest.param({"class_id": "x" * 300}, "class_id", "given", id="class-long"),
+    pytest.param({"class_id": "9" * 150}, "class_id", "given", id="class-digits"),
+    pytest.param({"class_id": "\ud800"}, "class_id", "given", id="class-surrogate"),
+    pytest.param({"class_id": None}, "class_id", "null given", id="class-null"),
+    pytest.param({"class_id": 1.5}, "class_id", "1.5 given", id="class-float"),
+    pytest.param({"class_id": True}, "class_id", "true given", id="class-bool"),
+    pytest.param({"class_id": [1]}, "class_id", "[1] given", id="class-list"),
+    pytest.param({"cfg_scale": 0.5}, "cfg_scale", "0.5 given; this model accepts 1 to 20", id="cfg-low"),
+    pytest.param({"cfg_scale": 20.5}, "cfg_scale", "20.5 given; this model accepts 1 to 20", id="cfg-high"),
+    pytest.param(
+        {"cfg_scale": "2"}, "cfg_scale", '"2" given; this model accepts a number, 1 to 20', id="cfg-text"
+    ),
+    pytest.param({"steps": 0}, "steps", "0 given; this model accepts 1 to 1000", id="steps-zero"),
+    pytest.param({"steps": 5000}, "steps", "5000 given; this model accepts 1 to 1000", id="steps-many"),
+    pytest.param(
+        {"steps": "20"}, "steps", '"20" given; this model accepts an integer, 1 to 1000', id="steps-text"
+    ),
+    pytest.param({"steps": 20.0}, "steps", "20.0 given", id="steps-float"),
+    pytest.param({"steps": True}, "steps", "true given", id="steps-bool"),
+    pytest.param({"steps": 10**40}, "steps", "given; this model accepts 1 to 1000", id="steps-huge"),
+    pytest.param(
+        {"resolution": 512}, "resolution", "512 given; this server accepts 16 or 32", id="resolution"
+    ),
+    pytest.param({"num_images": 0}, "num_images", "0 given; this model accepts 1 to 16", id="no-images"),
+    pytest.param(
+        {"num_images": 10**9}, "num_images", "1000000000 given; this model accepts 1 to 16", id="images"
+    ),
+    pytest.param(
+        {"sampler": "euler"}, "sampler", '"euler" given; this model accepts ddpm, ddim or dpm++', id="sampler"
+    ),
+    pytest.param({"seed": -1}, "seed", "-1 given; this model accepts 0 to", id="seed-negative"),
+    pytest.param(
+        {"seed": 2**63}, "seed", "given; this model accepts 0 to 9223372036854775807", id="seed-large"
+    ),
+    pytest.param({"image_index": -1}, "image_index", "-1 given", id="image-index"),
+    pytest.param(
+        {"format": "gif"}, "format", '"gif" given; this model accepts png, jpeg or webp', id="format"
+    ),
+    pytest.param({"quality": 101}, "quality", "101 given; this model accepts 1 to 100", id="quality"),
+    pytest.param(
+        {"model": "other"}, "model", '"other" given; this server accepts fake-16 or fake-32', id="model"
+    ),
+    pytest.param(
+        {"model": "fake-16", "resolution": 32}, "resolution", "32 given; this model accepts 16", id="both"
+    ),
+    pytest.param({"stepz": 4}, "stepz", "4 given; this request accepts class_id, cfg_scale", id="unknown"),
+]
+
+
+@pytest.mark.parametrize(("change", "field", "message"), BAD_FIELDS)
+def test_generate_names_field_value_and_accepted_range(
+    client: TestClient, change: dict[str, Any], field: str, message: str
+) -> None:
+    body = json.dumps(BODY | change)
+    answer = client.post("/generate", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422, answer.text
+    error = answer.json()["error"]
+    assert error["field"] == field
+    assert error["message"].startswith(f"{field}: ")
+    assert message in error["message"]
+    assert error["accepted"] in error["message"]
+    assert "value" in error
+    assert error["request_id"] == answer.headers["x-request-id"]
+    assert error["code"] == ("unknown_field" if field == "stepz" else "invalid_field")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_generate_refuses_numbers_that_are_none(client: TestClient, number: str) -> None:
+    for field in ("cfg_scale", "steps", "seed", "class_id"):
+        body = json.dumps(BODY | {field: 0}).replace(f'"{field}": 0', f'"{field}": {number}')
+        answer = client.post("/generate", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["error"]["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "status", "code"),
+    [
+        pytest.param(b'{"class_id": 1', "application/json", 400, "invalid_json", id="cut"),
+        pytest.param(b"", "application/json", 422, "invalid_field", id="empty"),
+        pytest.param(b"hello", "application/json", 400, "invalid_json", id="not-json"),
+        pytest.param(b"\xff\xfe\x00", "application/json", 400, "invalid_json", id="not-text"),
+        pytest.param(b"[" * 5000, "application/json", 400, "invalid_json", id="deep"),
+        pytest.param(
+            b'{"steps": ' + b"9" * 5000 + b"}", "application/json", 400, "invalid_json", id="digits"
+        ),
+        pytest.param(b"[1]", "application/json", 422, "invalid_field", id="list"),
+        pytest.param(b"null", "application/json", 422, "invalid_field", id="null"),
+        pytest.param(b'{"class_id": 1}', "text/plain", 415, "unsupported_media_type", id="media-type"),
+        pytest.param(
+            b"class_id=1", "application/x-www-form-urlencoded", 415, "unsupported_media_type", id="form"
+        ),
+    ],
+)
+def test_generate_refuses_bodies_that_are_no_json_object(
+    client: TestClient, content: bytes, content_type: str, status: int, code: str
+) -> None:
+    answer = client.post("/generate", content=content, headers={"Content-Type": content_type})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
+    assert "Traceback" not in answer.text
+
+
+def test_generate_413_is_for_large_bodies_alone_declared_or_chunked(client_of: ClientFactory) -> None:
+    client = client_of(max_body_bytes=300)
+    headers = {"Content-Type": "application/json"}
+    padded = json.dumps(BODY).encode()
+    within = padded + b" " * (300 - len(padded))
+    assert client.post("/generate", content=within, headers=headers).status_code == 200
+    for content in (within + b" ", iter([within, b" "])):
+        answer = client.post("/generate", content=content, headers=headers)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "payload_too_large"
+        assert "accepts 300 bytes" in answer.json()["error"]["message"]
+
+
+def test_generate_format_and_accept_must_not_contradict(client: TestClient) -> None:
+    answer = post(client, BODY | {"format": "jpeg"}, Accept="image/png")
+    assert answer.status_code == 422
+    assert answer.json()["error"]["field"] == "format"
+
+
+def test_generate_unconditional_model_takes_no_class_and_no_guidance(client_of: ClientFactory) -> None:
+    client = client_of(fake_pipeline("plain", num_classes=0))
+    answer = post(client, {"steps": 2, "seed": 1}).json()
+    assert (answer["class_id"], answer["class_label"], answer["cfg_scale"]) == (None, None, 1.0)
+    for change, field in (({"class_id": 0}, "class_id"), ({"cfg_scale": 2.0}, "cfg_scale")):
+        refusal = post(client, {"steps": 2} | change)
+        assert refusal.status_code == 422
+        assert refusal.json()["error"]["field"] == field
+
+
+def test_generate_two_models_of_one_resolution_need_a_name(client_of: ClientFactory) -> None:
+    client = client_of(fake_pipeline("a"), fake_pipeline("b"))
+    refusal = post(client, BODY | {"resolution": 16})
+    assert refusal.status_code == 422
+    assert refusal.json()["error"]["accepted"] == "a or b at resolution 16"
+    assert post(client, BODY | {"model": "b"}).json()["model"] == "b"
+
+
+def test_generate_failure_answers_500_with_a_request_id_and_no_trace(client_of: ClientFactory) -> None:
+    pipeline = fake_pipeline()
+    client = client_of(pipeline)
+    pipeline.network.failing_label = 3  # type: ignore[attr-defined]
+    answer = post(client, BODY | {"class_id": 3}, **{"X-Request-ID": "mine-1"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "generation_failed"
+    assert answer.json()["error"]["request_id"] == answer.headers["x-request-id"] == "mine-1"
+    assert "device" not in answer.text
+    assert "Traceback" not in answer.text
+    assert post(client, BODY).status_code == 200
+
+
+def test_generate_full_queue_answers_429_with_retry_after(client_of: ClientFactory) -> None:
+    client = client_of(max_queue_images=2)
+    answer = post(client, BODY | {"num_images": 3})
+    assert answer.status_code == 429
+    assert answer.json()["error"]["code"] == "queue_full"
+    assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_generate_ignores_a_request_id_that_is_no_word(client: TestClient) -> None:
+    answer = post(client, BODY, **{"X-Request-ID": "a b\tc"})
+    assert answer.headers["x-request-id"] != "a b\tc"
+    assert len(answer.headers["x-request-id"]) == 24
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [("GET", "/generate", 405, "method_not_allowed"), ("GET", "/nowhere", 404, "not_found")],
+)
+def test_other_errors_have_the_same_shape(
+    client: TestClient, method: str, path: str, status: int, code: str
+) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["code"] == code
+    assert path in answer.json()["error"]["message"]
+
+
+def test_models_are_openais_list_ascending_by_id(client: TestClient) -> None:
+    listing = client.get("/v1/models").json()
+    assert listing["object"] == "list"
+    assert [model["id"] for model in listing["data"]] == ["fake-16", "fake-32"]
+    first = listing["data"][0]
+    assert {"id", "object", "created", "owned_by"} <= set(first)
+    assert first["object"] == "model"
+    assert first["labels"] == list(LABELS)
+    assert (first["device"], first["dtype"], first["scan_backend"]) == ("cpu", "float32", "reference")
+    assert first["limits"]["steps"] == {
+        "minimum": 1,
+        "maximum": 1000,
+        "default": {"ddpm": 250, "ddim": 50, "dpm++": 20},
+    }
+    assert first["limits"]["cfg_scale"] == {"minimum": 1.0, "maximum": 20.0, "default": 2.5}
+
+
+def test_docs_version_and_root(client: TestClient) -> None:
+    assert client.get("/docs").status_code == 200
+    assert client.get("/version").json()["version"]
+    assert client.get("/", follow_redirects=False).headers["location"] == "docs"
+    schema = client.get("/openapi.json").json()
+    assert {"/generate", "/v1/models", "/health/live", "/health/ready", "/metrics"} <= set(schema["paths"])
