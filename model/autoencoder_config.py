@@ -37,7 +37,7 @@ class AutoencoderTrainingConfig:
     gradient_weight: float = 1.0
     log_mse_weight: float = 0.02
     energy_weight: float = 0.03
-    kl_weight: float = 1e-3
+    kl_weight: float = 5e-5
     """Per latent element, beside losses per pixel: independent of the image's size."""
     outlier_weight: float = 0.1
     outlier_sigmas: float = 3.0

@@ -20,10 +20,9 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from model.authors_format import (
@@ -38,8 +37,7 @@ from model.autoencoder import Autoencoder
 from model.config import LaMambaConfig
 from model.diffusion.samplers import diffusers_scheduler_config
 from model.diffusion.schedule import NoiseSchedule
-from model.network.lamamba import LaMambaDiff
-from model.pipeline import write_json, write_model_index
+from model.pipeline import load_network, write_json, write_model_index
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +144,7 @@ def export_checkpoint(model_dir: Path, out_path: Path) -> None:
     Raises:
         ValueError: one line; the folder cannot be read, or their code has no such network.
     """
-    network = _load_network(model_dir)
+    network = load_network(model_dir)
     state_dict = to_authors(network)
     contents = {"model": state_dict, "ema": state_dict} | authors_metadata(network.architecture)
     out_path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,26 +220,6 @@ def _check_autoencoder(folder: Path, config: LaMambaConfig) -> None:
     channels = Autoencoder.load(folder).latent_channels
     if channels != config.in_channels:
         raise ValueError(f"vae: {channels} latent channels given; the network has {config.in_channels}")
-
-
-def _load_network(model_dir: Path) -> LaMambaDiff:
-    folder = model_dir / "transformer" if (model_dir / "transformer").is_dir() else model_dir
-    try:
-        loaded: Any = LaMambaDiff.from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder}: the network cannot be loaded ({reason})") from error
-    network, info = loaded
-    wrong = [key for keys in info.values() for key in keys]
-    if wrong:
-        raise ValueError(f"{folder}: the weights do not fit the config; {listed('wrong keys', wrong)}")
-    return cast(LaMambaDiff, network)
 
 
 def _move_into_place(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -82,7 +82,7 @@ class LaMambaPipeline:
         backend = resolve_scan_backend(scan_backend, device)
         path = _local_folder(folder)
         index = _read_index(path)
-        network = _load_network(path)
+        network = load_network(path)
         autoencoder = Autoencoder.load(path / "vae", device=device, dtype=dtype)
         if autoencoder.latent_channels != network.architecture.in_channels:
             raise ValueError(
@@ -301,23 +301,30 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def load_network(folder: Path | str) -> LaMambaDiff:
-    """The network of a model folder in fp32 on the CPU, whatever precision it is stored in."""
-    return LaMambaDiff.from_pretrained(
-        folder,
-        subfolder="transformer",
-        torch_dtype=torch.float32,
-        low_cpu_mem_usage=False,
-        use_safetensors=True,
-    )
+    """The network of a model folder (or of its transformer/ folder) in fp32 on the CPU.
 
-
-def _load_network(path: Path) -> LaMambaDiff:
+    Raises ValueError, one line, for weights that are missing, damaged or not those of their configuration.
+    """
+    path = Path(folder)
+    path = path / "transformer" if (path / "transformer").is_dir() else path
     try:
-        return load_network(path)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        loaded: Any = LaMambaDiff.from_pretrained(
+            path,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{path}: the network cannot be loaded: {_one_line(error)}") from error
+    network, info = loaded
+    wrong = sorted(str(key) for keys in info.values() for key in keys)
+    if wrong:
         raise ValueError(
-            f"{path / 'transformer'}: the network cannot be loaded: {_one_line(error)}"
-        ) from error
+            f"{path}: the network cannot be loaded: {len(wrong)} weights do not fit its configuration, "
+            f"{', '.join(wrong[:3])} among them"
+        )
+    return cast(LaMambaDiff, network)
 
 
 def _labels(path: Path, index: dict[str, Any], num_classes: int) -> tuple[str, ...]:
