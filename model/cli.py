@@ -1,4 +1,4 @@
-"""The commands of `model/`: train, sample, convert, info. The service's `lamamba` adds serve to them.
+"""The commands of `model/`: train, sample, evaluate, convert, info. The service's `lamamba` adds serve.
 
 Commands import what they need when they run, so that `--help` and mistakes in arguments answer at once.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
 from model.cli_sample import SAMPLE_EXAMPLES, sample
+from model.evaluation.command import EVALUATE_EXAMPLES, evaluate_command
+from model.usage import usage_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,16 +24,7 @@ app = typer.Typer(
 )
 
 app.command(epilog=SAMPLE_EXAMPLES)(sample)
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turn a ValueError, which names what was given and what is accepted, into one line and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        typer.secho(f"lamamba: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from error
+app.command("evaluate", epilog=EVALUATE_EXAMPLES)(evaluate_command)
 
 
 @app.command(
@@ -61,6 +52,58 @@ def train(
         typer.echo("stopped in time; the same command goes on")
     else:
         typer.echo(f"{folder}: ready for `lamamba serve --models {folder}`")
+
+
+@app.command(
+    epilog="Examples:  lamamba convert 0400000.pt models/xl --vae sd-vae-ft-mse --labels imagenet.json   |   "
+    "lamamba convert --reverse models/xl xl.pt"
+)
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint of the authors' code; --reverse: a model folder.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The model folder to write; --reverse: the checkpoint.")],
+    vae: Annotated[
+        Path | None, typer.Option(help="An AutoencoderKL's folder to put beside the network.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Class labels: JSON list or object, or text lines.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="ema or model; by default ema if there.")] = None,
+    vssm: Annotated[
+        str | None, typer.Option(help="ss2d_continuous or ss2d, where the checkpoint does not say.")
+    ] = None,
+    attention: Annotated[
+        str, typer.Option(help="shifted_window, or none for a network trained without attention.")
+    ] = "shifted_window",
+    reverse: Annotated[
+        bool, typer.Option("--reverse", help="Write a checkpoint of the authors' code.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint of the authors' code into a model folder, or back."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with usage_errors():
+        _require_one_of("weights", weights, (None, "ema", "model"))
+        _require_one_of("vssm", vssm, (None, "ss2d_continuous", "ss2d"))
+        _require_one_of("attention", attention, ("shifted_window", "none"))
+        from model.convert import convert_checkpoint, export_checkpoint
+
+        if reverse:
+            export_checkpoint(source, target)
+            typer.echo(f"{target}: written")
+            return
+        report = convert_checkpoint(
+            source,
+            target,
+            vae=vae,
+            labels=labels,
+            weights=cast("Any", weights),
+            vssm=cast("Any", vssm),
+            attention=cast("Any", attention),
+        )
+    typer.echo(f"{target}: {report.num_parameters:,} parameters from {report.weights!r}")
+    for part in report.missing:
+        typer.echo(f"{part}/ is missing: give --{part}, or copy one there before serving", err=True)
 
 
 @app.command(
@@ -99,6 +142,12 @@ def info(
         typer.echo(json.dumps(description, indent=2))
     else:
         typer.echo(_table([description]))
+
+
+def _require_one_of(field: str, value: str | None, accepted: tuple[str | None, ...]) -> None:
+    if value not in accepted:
+        names = ", ".join(name for name in accepted if name)
+        raise ValueError(f"{field}: {value!r} given; one of {names} is accepted")
 
 
 def _table(rows: list[dict[str, object]]) -> str:

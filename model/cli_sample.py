@@ -63,7 +63,7 @@ def sample(
     ] = "auto",
 ) -> None:
     """Make images of a class: one picture, a grid, a folder, or an array."""
-    from model.cli import usage_errors
+    from model.usage import usage_errors
 
     with usage_errors():
         _check_numbers(num=num, batch_size=batch_size, columns=columns, seed=seed, cfg_scale=cfg_scale)

@@ -27,7 +27,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.autoencoder import Autoencoder
 from model.diffusion.noise import gaussian_noise
@@ -274,7 +274,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _moved(network: LaMambaDiff, **where: Any) -> LaMambaDiff:
-    network.to(**where)
+    # torch's own: diffusers' wrapper warns at each cast of modules that the network does not have.
+    nn.Module.to(network, **where)
     return network
 
 

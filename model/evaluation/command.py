@@ -8,9 +8,14 @@ from typing import Annotated
 
 import typer
 
-from model.cli import usage_errors
+from model.usage import usage_errors
 
-__all__ = ["evaluate_command", "main"]
+__all__ = ["EVALUATE_EXAMPLES", "evaluate_command", "main"]
+
+EVALUATE_EXAMPLES = (
+    "Examples:  lamamba evaluate --model model/pretrained/places-128 --output-dir evaluation   |   "
+    "lamamba evaluate --model DIR --output-dir OUT --num 500 --guidance-scales 1,2"
+)
 
 _CUDA_MICRO_BATCH_PIXELS = 2**23  # thousands of images: larger micro-batches than a server's keep a GPU busy
 
