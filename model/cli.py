@@ -1,5 +1,6 @@
 """The commands of `model/`: train, sample, evaluate, convert, info. The service's `lamamba` adds serve.
 
+`python -m model.cli` runs them where the service's packages are not installed.
 Commands import what they need when they run, so that `--help` and mistakes in arguments answer at once.
 """
 
@@ -168,3 +169,7 @@ def _cell(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    app()

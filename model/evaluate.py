@@ -1,4 +1,4 @@
-"""Evaluate a model folder on places: `python -m model.evaluate --model DIR --output-dir OUT`.
+"""Evaluate a model folder on places: `lamamba evaluate --model DIR --output-dir OUT`.
 
 Distances: Frechet distance of features between `num` images and the first `num` reserved real views, for
     real views    the next `num` reserved views: the floor, what equal distributions give with so few images
@@ -301,9 +301,3 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-
-
-if __name__ == "__main__":
-    from model.evaluation.command import main
-
-    main()

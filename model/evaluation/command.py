@@ -1,4 +1,4 @@
-"""The command `python -m model.evaluate`, also mounted as `lamamba evaluate`."""
+"""The command `lamamba evaluate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from model.usage import usage_errors
 
-__all__ = ["EVALUATE_EXAMPLES", "evaluate_command", "main"]
+__all__ = ["EVALUATE_EXAMPLES", "evaluate_command"]
 
 EVALUATE_EXAMPLES = (
     "Examples:  lamamba evaluate --model model/pretrained/places-128 --output-dir evaluation   |   "
@@ -84,13 +84,6 @@ def evaluate_command(
         )
         report = evaluation.run()
     typer.echo(f"{output_dir / 'evaluation.json'}: {sum(report['seconds'].values()):.0f} s")
-
-
-def main() -> None:
-    """Run the command alone."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(evaluate_command)
-    app()
 
 
 def _scales(name: str, text: str) -> tuple[float, ...]:

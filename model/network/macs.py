@@ -176,7 +176,7 @@ def paper_table() -> list[dict[str, Any]]:
     """Every network whose size the paper prints: ours beside the paper's, and why they differ.
 
     Rows have `name`, `source` (the paper's table), `config` (fields), `parameters`, `gmacs` (in 1e9),
-    `paper_parameters` (in 1e6, None where it prints none), `paper_gmacs` and `reason`.
+    `paper_parameters_millions` (None where it prints none), `paper_gmacs` and `reason`.
     """
     rows = []
     for row in PUBLISHED:
@@ -185,13 +185,18 @@ def paper_table() -> list[dict[str, Any]]:
         rows.append(
             {"name": row.name, "source": row.source, "config": dataclasses.asdict(config)}
             | {"parameters": size["parameters"], "gmacs": size["gmacs"]}
-            | {"paper_parameters": row.parameters, "paper_gmacs": row.gmacs, "reason": row.reason}
+            | {"paper_parameters_millions": row.parameters, "paper_gmacs": row.gmacs, "reason": row.reason}
         )
     return rows
 
 
 def _printed(row: PublishedSize) -> dict[str, Any]:
-    return {"source": row.source, "parameters": row.parameters, "gmacs": row.gmacs, "reason": row.reason}
+    return {
+        "source": row.source,
+        "parameters_millions": row.parameters,
+        "gmacs": row.gmacs,
+        "reason": row.reason,
+    }
 
 
 def _meta_network(config: LaMambaConfig) -> LaMambaDiff:

@@ -96,7 +96,7 @@ def test_describe_is_json_with_the_papers_figures() -> None:
     assert size["parameters"] == 652_484_648
     assert size["gmacs"] == pytest.approx(45.93, rel=SHARE)
     assert sum(size["breakdown"].values()) == pytest.approx(size["gmacs"])
-    assert (size["paper"]["parameters"], size["paper"]["gmacs"]) == (656, 49.9)
+    assert (size["paper"]["parameters_millions"], size["paper"]["gmacs"]) == (656, 49.9)
     assert describe(LaMambaConfig(sample_size=8, hidden_size=8))["paper"] is None
 
 
