@@ -6,6 +6,9 @@ and the even states follow from the odd ones. All a lie in (0, 1]: products can 
 right limit, but never overflow, whatever delta*A is; nothing is divided and no logarithm is summed. About 3 L
 multiply-adds a channel, in log2(L) rounds of whole-tensor operations.
 
+All directions run in the same rounds: a and b are made in the order of the grid, and moving them onto the
+paths is one gather of rows of d_inner numbers for all of them.
+
 The gradient is the same recurrence run backwards: with g_l = dL/dh_l in all, g_l = dy_l + a_{l+1} g_{l+1},
 and then dL/db_l = g_l, dL/da_l = g_l h_{l-1}.
 """
@@ -33,56 +36,82 @@ def selective_scan(
     dtype = torch.promote_types(u.dtype, torch.float32)
     u, delta, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
     dt = F.softplus(delta + delta_bias)  # (batch, length, directions, d_inner)
-    skip = (u.unsqueeze(2) * D).unbind(2)
-    y = torch.zeros_like(u)
-    for k, path in enumerate(paths):
-        dt_k, u_k = dt[:, path, k], u[:, path]  # (batch, path_length, d_inner)
-        B_k, C_k = B[:, path, k], C[:, path, k]  # (batch, path_length, d_state)
-        if A.shape[-1] == 1:
-            # One state a channel: no state axis, and the products with B and C broadcast over the channels.
-            h = linear_recurrence(torch.exp(dt_k * A[k, :, 0]), dt_k * u_k * B_k)
-            y_k = h * C_k
-        else:
-            decay = torch.exp(dt_k.unsqueeze(-1) * A[k])  # (batch, path_length, d_inner, d_state)
-            h = linear_recurrence(decay, (dt_k * u_k).unsqueeze(-1) * B_k.unsqueeze(2))
-            y_k = (h * C_k.unsqueeze(2)).sum(-1)
-        y = y.index_add(1, path, y_k + skip[k][:, path])
+    dt_u = dt * u.unsqueeze(2)
+    y = torch.matmul(_visits(paths, u.shape[1], dtype), D.to(dtype)) * u  # (batch, length, d_inner)
+    # State by state: no tensor has both axes d_inner and d_state, which would leave the caches.
+    for A_n, B_n, C_n in zip(A.unbind(-1), B.split(1, -1), C.split(1, -1), strict=True):
+        h = path_states(torch.exp(dt * A_n), dt_u * B_n, paths)  # (batch, length, directions, d_inner)
+        y = y + (h * C_n).sum(2)
     return y
 
 
-def linear_recurrence(a: Tensor, b: Tensor) -> Tensor:
-    """h with h_l = a_l h_{l-1} + b_l along axis 1 from h = 0; a, b and h `(batch, length, ...)`;
-    differentiable.
+def path_states(a: Tensor, b: Tensor, paths: Tensor) -> Tensor:
+    """The states h_i = a_i h_{i-1} + b_i of every direction along its path, from h = 0; differentiable.
+
+    a, b and h are `(batch, length, directions, channels)` in the order of the grid; h is 0 at tokens that a
+    direction does not visit.
     """
-    return _LinearRecurrence.apply(a, b)
+    directions = len(paths)
+    offsets = torch.arange(directions, device=paths.device).unsqueeze(1)
+    return _PathStates.apply(a, b, (paths * directions + offsets).T.flatten())
 
 
-class _LinearRecurrence(torch.autograd.Function):
+def _visits(paths: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """`(length, directions)`: 1 where the direction visits the token."""
+    visits = torch.zeros(len(paths), length, dtype=dtype, device=paths.device)
+    return visits.scatter_(1, paths, 1.0).T
+
+
+class _PathStates(torch.autograd.Function):
+    """`path_states`, with `rows` `(path_length * directions,)`: step by step, the rows of the
+    `(length * directions, channels)` numbers of the grid.
+    """
+
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        h = _solve(a, b)
-        ctx.save_for_backward(a, h)
+    def forward(ctx: Any, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
+        h = _solve_(_to_path(a, rows), _to_path(b, rows))  # (batch, path_length, directions, channels)
+        ctx.save_for_backward(a, h, rows)
+        return _to_grid(h, rows, a.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, h, rows = ctx.saved_tensors
+        directions = a.shape[2]
+        backwards = rows.unflatten(0, (-1, directions)).flip(0).flatten()
+        # a_{i+1} in reversed order; the first factor meets g = 0 and is never used.
+        a_next = _to_path(a, backwards.roll(directions))
+        grad_b = _to_grid(_solve_(a_next, _to_path(grad_h, backwards)), backwards, a.shape[1])
+        h_previous = F.pad(h, (0, 0, 0, 0, 1, -1))
+        return grad_b * _to_grid(h_previous, rows, a.shape[1]), grad_b, None
+
+
+def _to_path(x: Tensor, rows: Tensor) -> Tensor:
+    """Tokens of `(batch, length, directions, channels)` in the order of the paths, contiguous."""
+    return x.flatten(1, 2).index_select(1, rows).unflatten(1, (-1, x.shape[2]))
+
+
+def _to_grid(x: Tensor, rows: Tensor, length: int) -> Tensor:
+    """The inverse of `_to_path`; zeros where no step of the direction is."""
+    size, directions = length * x.shape[2], x.shape[2]
+    x = x.flatten(1, 2)
+    if len(rows) == size:  # every token visited: a permutation, and reading rows is faster than writing them
+        grid = x.index_select(
+            1, torch.empty_like(rows).scatter_(0, rows, torch.arange(size, device=x.device))
+        )
+    else:
+        grid = x.new_zeros(len(x), size, x.shape[2]).index_copy_(1, rows, x)
+    return grid.unflatten(1, (length, directions))
+
+
+def _solve_(a: Tensor, h: Tensor) -> Tensor:
+    """Turn b, which `h` holds, into the states along axis 1, in place."""
+    length = h.shape[1]
+    pairs = length // 2
+    if pairs == 0:
         return h
-
-    @staticmethod
-    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor]:
-        a, h = ctx.saved_tensors
-        # a_{l+1} in reversed order; the first factor meets h = 0 and is never used.
-        a_next = torch.cat([a[:, :1], a[:, 1:].flip(1)], dim=1)
-        grad_b = _solve(a_next, grad_h.flip(1)).flip(1)
-        h_previous = F.pad(h, (0, 0) * (h.dim() - 2) + (1, -1))
-        return grad_b * h_previous, grad_b
-
-
-def _solve(a: Tensor, b: Tensor) -> Tensor:
-    length = b.shape[1]
-    if length == 1:
-        return b
-    h = torch.empty_like(b, memory_format=torch.contiguous_format)
-    a_odd, b_odd = a[:, 1::2], b[:, 1::2]
-    pairs = a_odd.shape[1]
-    h_odd = _solve(a[:, 0 : 2 * pairs : 2] * a_odd, torch.addcmul(b_odd, a_odd, b[:, 0 : 2 * pairs : 2]))
-    h[:, 1::2] = h_odd
-    h[:, 0] = b[:, 0]
-    h[:, 2::2] = torch.addcmul(b[:, 2::2], a[:, 2::2], h_odd[:, : (length - 1) // 2])
+    a_even, a_odd, h_odd = a[:, 0 : 2 * pairs : 2], a[:, 1::2], h[:, 1::2]
+    h_odd.addcmul_(a_odd, h[:, 0 : 2 * pairs : 2])
+    if pairs > 1:
+        _solve_(a_even * a_odd, h_odd)
+    h[:, 2::2].addcmul_(a[:, 2::2], h_odd[:, : (length - 1) // 2])
     return h
