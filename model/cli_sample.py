@@ -126,11 +126,13 @@ def _load(
 ) -> LaMambaPipeline:
     import torch
 
+    from model.cpu_memory import keep_freed_memory
     from model.cpu_threads import available_cpu_threads
     from model.pipeline import LaMambaPipeline
     from model.pretrained import default_model_dir
 
     torch.set_num_threads(available_cpu_threads())
+    keep_freed_memory()
     folder = model if model is not None else default_model_dir(resolution or 128)
     try:
         pipeline = LaMambaPipeline.load(folder, device=device, scan_backend=scan_backend)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model.cpu_memory import keep_freed_memory
 from model.cpu_threads import available_cpu_threads
 from model.pretrained import PRETRAINED_RESOLUTIONS, default_model_dir
 from service.catalog import Catalog, ServedModel
@@ -128,6 +129,7 @@ class Runtime:
     def _start(self) -> None:
         settings = self.settings
         torch.set_num_threads(settings.num_threads or available_cpu_threads())
+        keep_freed_memory()
         pipelines = self._given if self._given is not None else [*self._load()]
         try:
             catalog = Catalog(
