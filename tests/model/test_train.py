@@ -164,6 +164,7 @@ def test_trainer_goes_on_from_a_state_dict(make_config: Callable[..., TrainConfi
 
 @pytest.mark.gpu
 @needs_cuda
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the compiler's, of what it looks at itself
 @pytest.mark.parametrize("compile_mode", ["none", "block", "full"])
 def test_captured_steps_are_the_steps(make_config: Callable[..., TrainConfig], compile_mode: str) -> None:
     config = make_config(
