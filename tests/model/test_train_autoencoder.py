@@ -17,6 +17,7 @@ from model.autoencoder import Autoencoder
 from model.autoencoder_config import AutoencoderTrainingConfig
 from model.autoencoder_loss import AutoencoderLoss
 from model.checkpoint import load_newest_state
+from model.data.places import Places
 from model.train_autoencoder import train
 
 TINY = AutoencoderTrainingConfig(
@@ -95,6 +96,29 @@ def test_train_refuses_another_config_in_the_same_folder(tmp_path: Path) -> None
     train(TINY, tmp_path, "cpu")
     with pytest.raises(ValueError, match=r"kl_weight: 1.0 given; .* accepts 0.001, with which it began"):
         train(replace(TINY, kl_weight=1.0), tmp_path, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_steps_are_the_steps(tmp_path: Path) -> None:
+    """At both sizes in turn: the same views, noise, learning rates and weights, up to bf16 roundings."""
+    places = Places.load(device="cuda")
+    terms, weights = [], []
+    for captured in (False, True):
+        config = replace(TINY, cuda_graph=captured)
+        run = train_autoencoder._Run(config, tmp_path / str(captured), torch.device("cuda"))
+        start = torch.nn.utils.parameters_to_vector(run.parameters).detach()
+        steps = train_autoencoder._steps(run, places)
+        assert torch.equal(torch.nn.utils.parameters_to_vector(run.parameters), start)
+        rows = []
+        for run.step in range(6):
+            run.prepare_step()
+            rows.append(steps[run.step % 2]().clone())
+            run.images += config.batch_sizes[run.step % 2]
+        terms.append(torch.stack(rows))
+        weights.append(torch.nn.utils.parameters_to_vector(run.parameters).detach() - start)
+    torch.testing.assert_close(terms[1], terms[0], rtol=2e-2, atol=1e-4)
+    assert (weights[1] - weights[0]).norm() < 0.1 * weights[0].norm()
 
 
 def test_train_stops_when_no_gradient_is_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
