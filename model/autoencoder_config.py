@@ -43,6 +43,8 @@ class AutoencoderTrainingConfig:
     outlier_sigmas: float = 3.0
     seed: int = 0
     compile: bool = True
+    cuda_graph: bool = True
+    """On CUDA, launch each step as one CUDA graph."""
     log_steps: int = 200
     checkpoint_seconds: float = 60.0
     evaluation_views: int = 500

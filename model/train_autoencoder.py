@@ -3,8 +3,9 @@
 Each step renders fresh views at one of the sizes in turn and lowers the objective of autoencoder_loss.py.
 Views and noise are functions of (seed, images seen): a run that is stopped goes on from its last checkpoint
 by the same command. `max_seconds` counts training alone, neither start-up and compilation nor the evaluation
-at the end. Outputs: config.json, log.jsonl, checkpoint.pt, and at the end vae/ (fp16 EMA weights, latents
-normalised), metrics.json and reconstructions.png.
+at the end. Outputs: config.json, log.jsonl, states/, and at the end vae/ (fp16 EMA weights, latents
+normalised), metrics.json and reconstructions.png. On CUDA a step at each size is one CUDA graph, from the
+views to the weights' average.
 
 Legend: n images, C latent channels, H, W pixels, h, w latent positions.
 """
@@ -14,9 +15,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +26,14 @@ import torch
 import typer
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
-from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
 
 from model.autoencoder import Autoencoder
 from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder, parse_settings
 from model.autoencoder_loss import AutoencoderLoss, use_channels_last_group_norm
+from model.averaged_adamw import AveragedAdamW
+from model.checkpoint import load_newest_state, save_state
+from model.cuda_graph import CapturedStep, restored
 from model.data.places import Places
 from model.evaluate_autoencoder import (
     latent_statistics,
@@ -46,6 +50,7 @@ _MAY_CHANGE_ON_RESUME = {
     "max_seconds",
     "max_images",
     "compile",
+    "cuda_graph",
     "log_steps",
     "checkpoint_seconds",
     "evaluation_views",
@@ -58,20 +63,25 @@ class _Run:
 
     def __init__(self, config: AutoencoderTrainingConfig, output_dir: Path, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.path = output_dir / "checkpoint.pt"
+        self.states = output_dir / "states"
         self.step, self.images, self.seconds = 0, 0, 0.0
         self.module = build_autoencoder(config)
         self.module.to(device, memory_format=torch.channels_last)  # type: ignore[arg-type]  # as below
         if config.compile:
             use_channels_last_group_norm(self.module)
         self.parameters = list(self.module.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.captured = config.cuda_graph and device.type == "cuda"
+        self.optimizer = AveragedAdamW(
+            self.parameters,
+            self.average,
+            betas=(0.9, 0.99),
+            max_grad_norm=config.max_grad_norm,
+            average_decay=config.ema_decay,
+            captured=self.captured,
         )
-        if self.path.exists():
-            self._restore()
-        else:
-            self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self._first_view = torch.zeros((), dtype=torch.int64, device=device)
+        self._restore()
 
     @property
     def progress(self) -> float:
@@ -80,34 +90,23 @@ class _Run:
         done = self.seconds / self.config.max_seconds if budget is None else self.images / budget
         return min(1.0, done)
 
-    def batch(self, places: Places) -> tuple[Tensor, Tensor]:
-        """The next step's images (n, 3, H, W), channels last, and posterior noise (n, C, h, w)."""
+    def prepare_step(self) -> None:
+        """Set what the next step reads from the device: seed, views, learning rate, weight of the average."""
         config = self.config
-        turn = self.step % len(config.sizes)
-        size, count = config.sizes[turn], config.batch_sizes[turn]
-        ids = torch.arange(self.images, self.images + count, device=self.device)
-        images, _ = places.render(ids, size)
-        generator = torch.Generator(self.device).manual_seed(config.seed * 2**32 + self.step)
-        latent_size = size // 2 ** (len(config.block_out_channels) - 1)
-        shape = (count, config.latent_channels, latent_size, latent_size)
-        noise = torch.randn(shape, generator=generator, device=self.device)
-        return images.contiguous(memory_format=torch.channels_last), noise
-
-    def update(self) -> Tensor:
-        """Apply the gradients that lie on the parameters, unless one is not finite: then return 1, else 0."""
-        warmup = min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        torch.manual_seed(config.seed * 2**32 + self.step)
+        self._first_view.fill_(self.images)
+        warmup = min(1.0, (self.step + 1) / max(1, config.warmup_steps))
         cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
-        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * warmup * cosine
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        skipped = (~torch.isfinite(norm)).float()
-        # The fused step reads this on the device, as GradScaler sets it: no wait for the host.
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # forgets the first weights
-        with torch.no_grad():
-            get_ema_multi_avg_fn(decay)(self.average, self.parameters, self.step)
-        return skipped
+        self.optimizer.schedule(learning_rate=config.learning_rate * warmup * cosine, step=self.step)
+
+    def batch(self, places: Places, turn: int) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, H, W) at the size of this turn, channels last, and posterior noise (n, C, h, w)."""
+        config = self.config
+        size, count = config.sizes[turn], config.batch_sizes[turn]
+        images, _ = places.render(self._first_view + torch.arange(count, device=self.device), size)
+        latent_size = size // 2 ** (len(config.block_out_channels) - 1)
+        noise = torch.randn(count, config.latent_channels, latent_size, latent_size, device=self.device)
+        return images.contiguous(memory_format=torch.channels_last), noise
 
     def averaged_module(self) -> AutoencoderKL:
         """A plain module with the averaged weights."""
@@ -118,7 +117,7 @@ class _Run:
         return module
 
     def save(self) -> None:
-        """Replace the checkpoint by the present state, whole or not at all."""
+        """Keep the present state, whole or not at all."""
         state = {
             "config": asdict(self.config),
             "step": self.step,
@@ -128,23 +127,21 @@ class _Run:
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
         }
-        partial = self.path.with_suffix(".partial")
-        with partial.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.path)
+        save_state(self.states, self.images, state)
 
     def _restore(self) -> None:
-        state = torch.load(self.path, map_location=self.device, weights_only=True)
+        state = load_newest_state(self.states, self.device)
+        if state is None:
+            return
         for name, value in asdict(self.config).items():
             if name not in _MAY_CHANGE_ON_RESUME and state["config"][name] != value:
                 raise ValueError(
-                    f"{name}: {value} given; {self.path} accepts {state['config'][name]}, with which it began"
+                    f"{name}: {value} given; {self.states} accepts {state['config'][name]}, "
+                    "with which it began"
                 )
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average = state["average"]
+        torch._foreach_copy_(self.average, state["average"])
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
         logger.info("resumed at step %d, %.1f s, %d images", self.step, self.seconds, self.images)
 
@@ -163,19 +160,41 @@ def train(config: AutoencoderTrainingConfig, output_dir: Path, device: torch.dev
     return _export(run, places, output_dir)
 
 
-def _optimise(run: _Run, places: Places, log_path: Path) -> None:
-    """Steps until the budget is spent; the host waits for the device only to log and to save."""
+def _steps(run: _Run, places: Places) -> list[Callable[[], Tensor]]:
+    """For each size a function that takes one step at it and returns the loss's terms and `skipped` (7,).
+
+    They are ready to run at full speed: compiled, and on CUDA captured.
+    """
     config = run.config
     loss_function = AutoencoderLoss(run.module, config)
     compiled = (
         torch.compile(loss_function, fullgraph=True, dynamic=False) if config.compile else loss_function
     )
+
+    def step(turn: int) -> Tensor:
+        loss, terms = compiled(*run.batch(places, turn))
+        loss.backward()
+        run.optimizer.step()
+        return torch.cat((terms, run.optimizer.skipped[None]))
+
+    steps = [partial(step, turn) for turn in range(len(config.sizes))]
+    state = run.optimizer.state()
+    if not run.captured:
+        with restored(state):
+            for take_step in steps:
+                take_step()
+        return list(steps)
+    captured: list[CapturedStep[Tensor]] = []
+    for take_step in steps:
+        captured.append(CapturedStep(take_step, state, share_with=captured[0] if captured else None))
+    return list(captured)
+
+
+def _optimise(run: _Run, places: Places, log_path: Path) -> None:
+    """Steps until the budget is spent; the host waits for the device only to log and to save."""
+    config = run.config
     started = time.perf_counter()
-    first_step = run.step
-    for run.step in range(first_step, first_step + len(config.sizes)):
-        compiled(*run.batch(places))[0].backward()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step = first_step
+    steps = _steps(run, places)
     _synchronise(run.device)
     logger.info("ready after %.1f s", time.perf_counter() - started)
 
@@ -184,12 +203,11 @@ def _optimise(run: _Run, places: Places, log_path: Path) -> None:
     logged_seconds = saved_seconds = run.seconds
     totals = torch.zeros(len(AutoencoderLoss.TERMS) + 1, device=run.device)
     while run.progress < 1:
-        images, noise = run.batch(places)
-        loss, terms = compiled(images, noise)
-        loss.backward()
-        totals += torch.cat((terms, run.update()[None]))
+        turn = run.step % len(steps)
+        run.prepare_step()
+        totals += steps[turn]()
         run.step += 1
-        run.images += images.shape[0]
+        run.images += config.batch_sizes[turn]
         run.seconds = resumed_seconds + time.perf_counter() - started
         if run.step % config.log_steps == 0 or run.progress >= 1:
             *means, skipped = (totals / (run.step - logged_step)).tolist()  # waits for the device

@@ -35,7 +35,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, geometry: GridGeometry) -> Tensor:
         assert geometry.window is not None
         shift_rows, shift_columns = geometry.shift
-        shifted = self.shifted and any(geometry.shift)
+        shifted = any(geometry.shift) and self.shifted
         if shifted:
             x = x.roll((-shift_rows, -shift_columns), dims=(1, 2))
         m, n = geometry.window

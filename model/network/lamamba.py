@@ -44,6 +44,8 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
     """
 
     config_name: str = "config.json"  # type: ignore[assignment]  # diffusers declares None, to be set here
+    # What compile_repeated_blocks compiles.
+    _repeated_blocks = ("LaMambaBlock",)  # type: ignore[assignment]  # diffusers declares a list
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()

@@ -18,12 +18,12 @@ def test_load_recipe_of_every_packaged_recipe_is_a_valid_run(name: str) -> None:
 
 def test_load_recipe_applies_overrides_with_their_types() -> None:
     fields = load_recipe(
-        "places-128", ["learning_rate=1e-4", "network.hidden_size=64", "name=mine", "compile=false"]
+        "places-128", ["learning_rate=1e-4", "network.hidden_size=64", "name=mine", "cuda_graph=false"]
     )
     assert fields["learning_rate"] == 1e-4
     assert fields["network"]["hidden_size"] == 64
     assert fields["name"] == "mine"
-    assert fields["compile"] is False
+    assert fields["cuda_graph"] is False
 
 
 def test_load_recipe_reads_a_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -14,8 +15,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from model.autoencoder import Autoencoder
+from model.data.latents import LatentCache
+from model.network.lamamba import LaMambaDiff
+from model.network.scan import resolve_scan_backend
 from model.pipeline import LaMambaPipeline
 from model.train import TrainConfig, Trainer, train
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# Relative, of losses and of the weights' change over five steps: bf16 roundings that fall differently. Other
+# random numbers or learning rates differ by tens of percent.
+CAPTURE_TOLERANCE = {"losses": 5e-3, "weights": 5e-2}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +120,84 @@ def test_a_step_with_non_finite_gradients_changes_nothing(
     assert last["skipped_steps"] == 1
 
 
+def _trainer(config: TrainConfig, device: str) -> Trainer:
+    """A trainer on random moments of the right shapes, always the same."""
+    generator = torch.Generator().manual_seed(1)
+    data = LatentCache(
+        torch.randn(24, 8, 8, 8, generator=generator).half().to(device),
+        torch.randint(21, (24,), generator=generator).to(device),
+        Autoencoder.load(config.autoencoder, device),
+    )
+    torch.manual_seed(0)
+    architecture = config.network_config(num_classes=21, downsampling=2, in_channels=4)
+    network = LaMambaDiff(**dataclasses.asdict(architecture))
+    network.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides `self` from the checker
+    network.use_scan_backend(resolve_scan_backend("auto", device))
+    return Trainer(config, data, network.train())
+
+
+def _steps(trainer: Trainer, count: int) -> torch.Tensor:
+    return torch.stack([torch.stack(list(trainer.train_step().values())) for _ in range(count)]).cpu()
+
+
+def _assert_same_run(
+    expected: list[torch.Tensor], given: list[torch.Tensor], start: list[torch.Tensor]
+) -> None:
+    change, difference = (
+        math.sqrt(sum(float((a - b).detach().square().sum()) for a, b in zip(ours, theirs, strict=True)))
+        for ours, theirs in ((expected, start), (expected, given))
+    )
+    assert difference < CAPTURE_TOLERANCE["weights"] * change
+
+
+def test_trainer_goes_on_from_a_state_dict(make_config: Callable[..., TrainConfig]) -> None:
+    config = make_config("state", learning_rate_schedule="cosine", warmup_images=16)
+    straight = _trainer(config, "cpu")
+    losses = _steps(straight, 5)
+    first, second = _trainer(config, "cpu"), _trainer(config, "cpu")
+    _steps(first, 2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert torch.equal(_steps(second, 3), losses[2:])
+    for a, b in zip(straight.optimizer.state(), second.optimizer.state(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the compiler's, of what it looks at itself
+@pytest.mark.parametrize("compile_mode", ["none", "block", "full"])
+def test_captured_steps_are_the_steps(make_config: Callable[..., TrainConfig], compile_mode: str) -> None:
+    config = make_config(
+        "captured", compile=compile_mode, learning_rate_schedule="cosine", warmup_images=16, max_grad_norm=1.0
+    )
+    called = _trainer(dataclasses.replace(config, cuda_graph=False), "cuda")
+    captured = _trainer(config, "cuda")
+    start = [parameter.detach().clone() for parameter in called.optimizer.parameters]
+    expected = _steps(called, 5)
+    torch.testing.assert_close(_steps(captured, 5), expected, rtol=CAPTURE_TOLERANCE["losses"], atol=1e-6)
+    assert captured._captured_step is not None
+    assert captured.optimizer.skipped_steps == 0
+    _assert_same_run(called.optimizer.parameters, captured.optimizer.parameters, start)
+    _assert_same_run(called.optimizer.average, captured.optimizer.average, start)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_captured_run_resumes(make_config: Callable[..., TrainConfig]) -> None:
+    config = make_config("resumed", compile="none", learning_rate_schedule="cosine", warmup_images=16)
+    straight = _trainer(config, "cuda")
+    start = [parameter.detach().clone() for parameter in straight.optimizer.parameters]
+    losses = _steps(straight, 5)
+    first, second = _trainer(config, "cuda"), _trainer(config, "cuda")
+    _steps(first, 2)
+    _steps(second, 1)  # so that it must capture anew
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    resumed = _steps(second, 3)
+    torch.testing.assert_close(resumed, losses[2:], rtol=CAPTURE_TOLERANCE["losses"], atol=1e-6)
+    _assert_same_run(straight.optimizer.parameters, second.optimizer.parameters, start)
+    _assert_same_run(straight.optimizer.average, second.optimizer.average, start)
+
+
 def test_initial_weights_must_fit_the_network(make_config: Callable[..., TrainConfig]) -> None:
     folder = train(make_config("first", num_images=8), device="cpu")
     again = make_config("second", num_images=8, initial_weights=str(folder))
@@ -132,9 +220,10 @@ def test_train_refuses_to_mix_two_runs(make_config: Callable[..., TrainConfig]) 
         ({"learning_rate": -1.0}, "learning_rate: -1.0 given; more than 0 is accepted"),
         ({"ema_decay": 1.0}, "ema_decay: 1.0 given; 0 to below 1 is accepted"),
         ({"learning_rate_schedule": "step"}, "constant or cosine is accepted"),
+        ({"compile": False}, "compile: False given; one of none, block, full is accepted"),
         ({"epochs": 3}, "epochs: unknown field"),
     ],
-    ids=["batch", "rate", "ema", "schedule", "unknown"],
+    ids=["batch", "rate", "ema", "schedule", "compile", "unknown"],
 )
 def test_train_config_refuses(
     make_config: Callable[..., TrainConfig], fields: dict[str, Any], message: str

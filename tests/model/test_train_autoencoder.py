@@ -16,6 +16,8 @@ from model import autoencoder_loss, train_autoencoder
 from model.autoencoder import Autoencoder
 from model.autoencoder_config import AutoencoderTrainingConfig
 from model.autoencoder_loss import AutoencoderLoss
+from model.checkpoint import load_newest_state
+from model.data.places import Places
 from model.train_autoencoder import train
 
 TINY = AutoencoderTrainingConfig(
@@ -76,11 +78,12 @@ def test_train_stopped_and_resumed_equals_straight(tmp_path: Path, monkeypatch: 
         k: v for k, v in straight.items() if k not in timing
     }
     states = [
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("straight", "resumed")
+        load_newest_state(tmp_path / name / "states", torch.device("cpu")) for name in ("straight", "resumed")
     ]
-    for a, b in zip(states[0]["average"], states[1]["average"], strict=True):
-        assert torch.equal(a, b)
-    assert not list(tmp_path.rglob("*.partial"))
+    averages = [state["average"] for state in states if state is not None]
+    assert len(averages) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*averages, strict=True))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_train_ends_by_time(tmp_path: Path) -> None:
@@ -95,19 +98,31 @@ def test_train_refuses_another_config_in_the_same_folder(tmp_path: Path) -> None
         train(replace(TINY, kl_weight=1.0), tmp_path, "cpu")
 
 
-def test_update_skips_gradients_that_are_not_finite(tmp_path: Path) -> None:
-    run = train_autoencoder._Run(TINY, tmp_path, torch.device("cpu"))
-    before = [p.detach().clone() for p in run.parameters]
-    for parameter in run.parameters:
-        parameter.grad = torch.ones_like(parameter)
-    torch.nn.init.constant_(run.parameters[0].grad, torch.nan)
-    assert run.update() == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
-    for parameter in run.parameters:
-        parameter.grad = torch.ones_like(parameter)
-    assert run.update() == 0
-    assert not any(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
-    assert all(torch.isfinite(p).all() for p in run.parameters)
+def _flat(run: train_autoencoder._Run) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in run.parameters])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_steps_are_the_steps(tmp_path: Path) -> None:
+    """At both sizes in turn: the same views, noise, learning rates and weights, up to bf16 roundings."""
+    places = Places.load(device="cuda")
+    terms, weights = [], []
+    for captured in (False, True):
+        config = replace(TINY, cuda_graph=captured)
+        run = train_autoencoder._Run(config, tmp_path / str(captured), torch.device("cuda"))
+        start = _flat(run)
+        steps = train_autoencoder._steps(run, places)
+        assert torch.equal(_flat(run), start)
+        rows = []
+        for run.step in range(6):
+            run.prepare_step()
+            rows.append(steps[run.step % 2]().clone())
+            run.images += config.batch_sizes[run.step % 2]
+        terms.append(torch.stack(rows))
+        weights.append(_flat(run) - start)
+    torch.testing.assert_close(terms[1], terms[0], rtol=2e-2, atol=1e-4)
+    assert (weights[1] - weights[0]).norm() < 0.1 * weights[0].norm()
 
 
 def test_train_stops_when_no_gradient_is_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,101 @@
+"""AdamW and the moving average of the weights (EMA), as one update that never asks the host.
+
+Learning rate and decay are tensors on the parameters' device, so a CUDA graph of the update follows their
+schedules. A step whose gradients are not all finite leaves parameters and moments as they are and is counted,
+on the device too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AveragedAdamW"]
+
+
+class AveragedAdamW:
+    """Clips the gradients, updates `parameters`, and moves `average` towards them.
+
+    Attributes:
+        skipped: 1 where the last step was skipped, else 0; fp32 scalar on the device.
+        skipped_steps: the sum of `skipped`; fp32 scalar on the device.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        average: Sequence[Tensor],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float = 0.0,
+        max_grad_norm: float,
+        average_decay: float,
+        captured: bool,
+    ) -> None:
+        """`average_decay` is reached from below as (1 + step) / (10 + step), which forgets the first weights.
+
+        `captured`: the update will run inside a CUDA graph.
+        """
+        self.parameters, self.average = list(parameters), list(average)
+        self.max_grad_norm, self.average_decay = max_grad_norm, average_decay
+        self._captured = captured
+        device = self.parameters[0].device
+        self.skipped, self.skipped_steps = torch.ones((), device=device), torch.zeros((), device=device)
+        self._learning_rate, self._average_weight = (torch.zeros((), device=device) for _ in range(2))
+        self._adamw = torch.optim.AdamW(
+            self.parameters, lr=self._learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+        )
+        # What GradScaler sets for the same purpose: a fused step changes nothing where this is 1.
+        self._adamw.found_inf = self.skipped  # type: ignore[attr-defined]
+        self._create_moments()
+        self._use_device_scalars()
+
+    def schedule(self, *, learning_rate: float, step: int) -> None:
+        """Set what the next update uses; `step` counts the updates before it."""
+        decay = min(self.average_decay, (1 + step) / (10 + step))
+        self._learning_rate.fill_(learning_rate)
+        self._average_weight.fill_(1 - decay)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Apply the parameters' gradients, then free them; returns their norm before clipping."""
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.skipped.copy_(~torch.isfinite(grad_norm))
+        self.skipped_steps += self.skipped
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        # torch._foreach_lerp_, whose weight would have to be known to the host.
+        difference = torch._foreach_sub(self.parameters, self.average)
+        torch._foreach_mul_(difference, self._average_weight)
+        torch._foreach_add_(self.average, difference)
+        return grad_norm
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that an update changes in place."""
+        moments = [value for parameter in self.parameters for value in self._adamw.state[parameter].values()]
+        return [*self.parameters, *self.average, *moments, self.skipped, self.skipped_steps]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments, as torch.optim.AdamW keeps them; the parameters and their average have other homes."""
+        return self._adamw.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the moments of `state`; they are new tensors, so a graph that was captured before is void."""
+        self._adamw.load_state_dict(state)
+        self._use_device_scalars()
+
+    def _create_moments(self) -> None:
+        """AdamW makes its moments at its first step: here one that is skipped, so that all state exists."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+
+    def _use_device_scalars(self) -> None:
+        for group in self._adamw.param_groups:
+            group["lr"], group["capturable"] = self._learning_rate, self._captured
+        # The steps before the capture run uncaptured on purpose.
+        self._adamw._warned_capturable_if_run_uncaptured = True

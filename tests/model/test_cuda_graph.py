@@ -1,0 +1,80 @@
+"""If this fails, capturing a step changes the run, or its replays are not what the step would have done."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.cuda_graph import CapturedStep, restored
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_restored_gives_values_back_in_place() -> None:
+    parameter = torch.nn.Parameter(torch.arange(4.0))
+    convolution = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    state, before = [parameter, convolution], [parameter.detach().clone(), convolution.clone()]
+    addresses = [tensor.data_ptr() for tensor in state]
+    with restored(state), torch.no_grad():
+        parameter.add_(1)
+        convolution.mul_(torch.nan)
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+    assert [tensor.data_ptr() for tensor in state] == addresses
+    assert convolution.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_restored_gives_values_back_after_an_error() -> None:
+    counter = torch.zeros(())
+
+    def fails() -> None:
+        counter.add_(1)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"), restored([counter]):
+        fails()
+    assert counter == 0
+
+
+class _Step:
+    """Adds a device scalar and a random number to `total`; counts how often its Python runs."""
+
+    def __init__(self) -> None:
+        self.total, self.increment = torch.zeros((), device="cuda"), torch.zeros((), device="cuda")
+        self.calls = 0
+
+    def __call__(self) -> torch.Tensor:
+        self.calls += 1
+        self.total += self.increment + torch.rand((), device="cuda")
+        return self.total * 2
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_captured_step_leaves_state_and_follows_its_inputs_and_seeds() -> None:
+    step, expected = _Step(), torch.zeros((), device="cuda")
+    captured = CapturedStep(step, [step.total])
+    calls = step.calls
+    assert step.total == 0
+    for seed in (3, 4, 3):
+        step.increment.fill_(seed)
+        torch.manual_seed(seed)
+        result = captured()
+        torch.manual_seed(seed)
+        expected += seed + torch.rand((), device="cuda")
+        assert step.total == expected
+        assert result == 2 * expected
+    assert step.calls == calls
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_captured_steps_share_scratch_memory_in_any_order() -> None:
+    steps = [_Step(), _Step()]
+    first = CapturedStep(steps[0], [steps[0].total])
+    captured = [first, CapturedStep(steps[1], [steps[1].total], share_with=first)]
+    steps[0].increment.fill_(10)
+    steps[1].increment.fill_(20)
+    for turn in (1, 0, 0, 1, 1):
+        captured[turn]()
+    assert 20 <= steps[0].total < 22
+    assert 60 <= steps[1].total < 63
