@@ -128,7 +128,7 @@ class Runtime:
 
     def _start(self) -> None:
         settings = self.settings
-        torch.set_num_threads(settings.num_threads or available_cpu_threads())
+        torch.set_num_threads(1)  # the rows of a step share the threads, see `model.cpu_rows`
         keep_freed_memory()
         pipelines = self._given if self._given is not None else [*self._load()]
         try:
@@ -171,6 +171,7 @@ class Runtime:
                     device=device,
                     dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
                     scan_backend=settings.scan_backend,
+                    num_row_threads=settings.num_threads or available_cpu_threads(),
                 )
             except ValueError as error:  # the pipeline's own words, which name the folder
                 raise StartupError(_one_line(error)) from error
