@@ -8,11 +8,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 
-.PHONY: help serve test test-all check format lint types lock clean
+.PHONY: help install serve test test-all check format lint types lock clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "$(PYTHON) is not Python 3.11 to 3.13; name one that is: make PYTHON=python3.12"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
 	$(PIP) install -q -c constraints.txt -e .
@@ -26,12 +28,14 @@ serve: $(VENV)/.installed  ## install and serve the shipped models on http://loc
 	$(BIN)/lamamba serve --host $(HOST) --port $(PORT)
 
 test: check  ## install, then run lint, types and every test that takes minutes
-	$(BIN)/python -m pytest -q -m "not slow and not docker"
+	$(BIN)/python -m pytest -q -m "not slow" --durations=15
 
-test-all: check  ## also the slow tests and those that need a Docker engine
-	$(BIN)/python -m pytest -q
+test-all: check  ## also the slow tests
+	$(BIN)/python -m pytest -q --durations=15
 
 check: lint types  ## lint, formatting and strict types
+
+install: $(VENV)/.installed-dev  ## make .venv with everything in it
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,7 +11,19 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 
+from model.autoencoder import Autoencoder
+
 __all__ = ["AutoencoderTrainingConfig", "build_autoencoder", "parse_settings"]
+
+_POSTERIOR_STD = 0.01
+_TEXT_FIELDS = {"initial_weights"}
+_ARCHITECTURE = (
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "norm_num_groups",
+    "mid_block_add_attention",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +35,11 @@ class AutoencoderTrainingConfig:
     layers_per_block: int = 1
     latent_channels: int = 4
     norm_num_groups: int = 8
-    sizes: tuple[int, ...] = (128, 256)
+    initial_weights: str | None = None
+    """Folder of an autoencoder of this architecture to begin from, instead of random weights."""
+    sizes: tuple[int, ...] = (128, 128, 256)
     """Sides of the views in pixels, one a step, in turn."""
-    batch_sizes: tuple[int, ...] = (128, 32)
+    batch_sizes: tuple[int, ...] = (128, 128, 32)
     """Images a step at each of `sizes`."""
     max_seconds: float = 450.0
     """Training time; the learning rate falls to 0 over it."""
@@ -35,11 +50,13 @@ class AutoencoderTrainingConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     gradient_weight: float = 1.0
-    log_mse_weight: float = 0.02
-    energy_weight: float = 0.03
-    kl_weight: float = 5e-5
-    """Per latent element, beside losses per pixel: independent of the image's size."""
-    outlier_weight: float = 0.1
+    log_mse_weight: float = 0.05
+    energy_weight: float = 0.3
+    latent_noise: float = 0.15
+    """Deviation of the noise in the latents of a batch's last image, where the latents' own is 1."""
+    kl_weight: float = 0.05
+    """Of the channels' distributions, mean and deviation, from N(0, 1)."""
+    outlier_weight: float = 1.0
     outlier_sigmas: float = 3.0
     seed: int = 0
     compile: bool = True
@@ -73,6 +90,7 @@ class AutoencoderTrainingConfig:
             "gradient_weight",
             "log_mse_weight",
             "energy_weight",
+            "latent_noise",
             "kl_weight",
             "outlier_weight",
             "warmup_steps",
@@ -83,7 +101,10 @@ class AutoencoderTrainingConfig:
 
 
 def build_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
-    """A freshly initialised fp32 AutoencoderKL without attention, a function of the config and its seed."""
+    """A fp32 AutoencoderKL without attention: of `initial_weights`, else random, a function of the seed.
+
+    Its posterior has one small width everywhere, which training leaves as it is.
+    """
     stages = len(config.block_out_channels)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -98,9 +119,34 @@ def build_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
             scaling_factor=1.0,
             mid_block_add_attention=False,
         )
-    # Begin with narrow posteriors (std exp(-2)): behind wide ones the decoder learns to ignore the latents.
-    nn.init.constant_(module.quant_conv.bias[config.latent_channels :], -4.0)
+    if config.initial_weights is not None:
+        _copy_weights(config.initial_weights, module)
+    # Outputs of quant_conv: C means, then C log-variances.
+    nn.init.zeros_(module.quant_conv.weight[config.latent_channels :])
+    nn.init.constant_(module.quant_conv.bias[config.latent_channels :], 2 * math.log(_POSTERIOR_STD))
     return module
+
+
+def _copy_weights(folder: str, module: AutoencoderKL) -> None:
+    """Load the weights of the autoencoder in `folder`, whose latents are scaled by weights alone."""
+    loaded = Autoencoder.load(folder).module
+    unlike = [
+        f"{name} {loaded.config[name]}"
+        for name in (*_ARCHITECTURE, "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+        if _plain(loaded.config[name]) != _plain(module.config[name])
+    ]
+    if unlike:
+        accepted = {name: _plain(module.config[name]) for name in _ARCHITECTURE}
+        raise ValueError(
+            f"initial_weights: {folder} with {', '.join(unlike)} given; accepted is an autoencoder with "
+            f"{accepted} and latents that need no scaling"
+        )
+    module.load_state_dict(loaded.state_dict())
+
+
+def _plain(value: Any) -> Any:
+    """A config's value, sequences as tuples: read from JSON they are lists."""
+    return tuple(value) if isinstance(value, list | tuple) else value
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -115,7 +161,8 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        if isinstance(value, str | dict) or isinstance(value, list) != isinstance(defaults[name], tuple):
+        is_text = isinstance(value, str) and name not in _TEXT_FIELDS
+        if is_text or isinstance(value, dict) or isinstance(value, list) != isinstance(defaults[name], tuple):
             raise ValueError(f"set: {setting} given; accepted is a value like the default, {defaults[name]}")
         parsed[name] = tuple(value) if isinstance(value, list) else value
     return parsed

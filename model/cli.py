@@ -121,8 +121,8 @@ def info(
 ) -> None:
     """Count the parameters and multiply-adds of a network, beside the paper's figures."""
     with usage_errors():
-        if resolution < 8 or resolution % 8:
-            raise ValueError(f"resolution: {resolution} given; a multiple of 8 pixels is accepted")
+        if resolution < 32 or resolution % 32:
+            raise ValueError(f"resolution: {resolution} given; a multiple of 32 pixels is accepted")
         from model.config import LaMambaConfig
         from model.network.macs import describe, paper_table
 
@@ -142,7 +142,8 @@ def info(
     if as_json:
         typer.echo(json.dumps(description, indent=2))
     else:
-        typer.echo(_table([description]))
+        published = description.pop("paper") or {}
+        typer.echo(_table([description | {f"paper_{key}": value for key, value in published.items()}]))
 
 
 def _require_one_of(field: str, value: str | None, accepted: tuple[str | None, ...]) -> None:

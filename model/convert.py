@@ -174,8 +174,11 @@ def _read(checkpoint: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]  # (class, name) pairs are taken
             contents = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # the readers of a damaged file raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{checkpoint}: not a checkpoint that can be read safely ({reason})") from error
+        # Not the reader's own words: torch's advise to load the file with its code.
+        raise ValueError(
+            f"{checkpoint}: damaged, or it holds more than weights and settings and is refused as unsafe "
+            f"({type(error).__name__})"
+        ) from error
     if not isinstance(contents, dict):
         raise ValueError(f"{checkpoint}: holds a {type(contents).__name__}; a dict is accepted")
     return contents

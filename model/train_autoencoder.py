@@ -38,6 +38,7 @@ from model.data.places import Places
 from model.evaluate_autoencoder import (
     latent_statistics,
     normalise_latents,
+    point_response,
     reconstruction_metrics,
     reconstruction_picture,
 )
@@ -236,11 +237,9 @@ def _log(path: Path, run: _Run, rate: float, terms: dict[str, float], skipped: f
 
 def _export(run: _Run, places: Places, output_dir: Path) -> dict[str, Any]:
     """Write vae/, metrics.json and reconstructions.png; all is measured with the weights as written."""
-    config = run.config
+    config, sizes = run.config, tuple(sorted(set(run.config.sizes)))
     module = run.averaged_module()
-    raw = latent_statistics(
-        Autoencoder(module), places, sizes=config.sizes, num_views=config.statistics_views
-    )
+    raw = latent_statistics(Autoencoder(module), places, sizes=sizes, num_views=config.statistics_views)
     normalise_latents(module, mean=raw["mean"], std=raw["std"])
     module.half().save_pretrained(output_dir / "vae")
 
@@ -250,9 +249,13 @@ def _export(run: _Run, places: Places, output_dir: Path) -> dict[str, Any]:
         "reconstruction": _reconstruction(autoencoder, places, config),
         "reconstruction_bf16": _reconstruction(bf16, places, config),
         "latents_before_normalisation": {"mean": raw["mean"], "std": raw["std"]},
-        "latents": latent_statistics(
-            autoencoder, places, sizes=config.sizes, num_views=config.statistics_views
-        ),
+        "latents": latent_statistics(autoencoder, places, sizes=sizes, num_views=config.statistics_views),
+        "point_response": {
+            str(size): point_response(
+                autoencoder, places, size=size, num_views=min(64, config.evaluation_views)
+            )
+            for size in sizes
+        },
         "parameters": sum(parameter.numel() for parameter in run.parameters),
         "steps": run.step,
         "images": run.images,
@@ -260,7 +263,7 @@ def _export(run: _Run, places: Places, output_dir: Path) -> dict[str, Any]:
         "images_per_s": round(run.images / max(run.seconds, 1e-9), 1),
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
     }
-    Image.fromarray(reconstruction_picture(autoencoder, places, sizes=config.sizes)).save(
+    Image.fromarray(reconstruction_picture(autoencoder, places, sizes=sizes)).save(
         output_dir / "reconstructions.png"
     )
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
@@ -274,7 +277,7 @@ def _reconstruction(
     """Reconstruction metrics by size."""
     return {
         str(size): reconstruction_metrics(autoencoder, places, size=size, num_views=config.evaluation_views)
-        for size in config.sizes
+        for size in sorted(set(config.sizes))
     }
 
 

@@ -1,8 +1,7 @@
 """Classifier-free guidance (arXiv 2207.12598): eps = eps_uncond + s * (eps_cond - eps_uncond).
 
-The authors guide all latent channels; DiT's code guides the first three, and leaves the rest conditional. A
-scale of 1 is
-no guidance: such rows need no unconditional evaluation at all, and the caller (step.py) spends none on them.
+The authors guide all latent channels; DiT's code guides the first three and leaves the rest conditional. A
+scale of 1 is no guidance: such rows need no unconditional evaluation, and step.py spends none on them.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ class WindowAttention(nn.Module):
     """Self-attention among the tokens of each window, `(B, H, W, d) -> (B, H, W, d)`.
 
     Args:
-        width: d, divisible by `num_heads`. window_size: side of the windows that the bias table is made for;
-        a grid's geometry may use smaller ones. shifted: roll the grid by half a window first (every second
-        block), as far as the geometry shifts at all.
+        width: d, divisible by `num_heads`.
+        window_size: side of the windows that the bias table is made for; a grid may use smaller ones.
+        shifted: roll the grid by half a window first (every second block), where the grid shifts at all.
     """
 
     def __init__(self, width: int, *, num_heads: int, window_size: int, shifted: bool) -> None:

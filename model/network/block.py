@@ -21,10 +21,12 @@ class LaMambaBlock(nn.Module):
         x = x + gate * FFN(modulate(LN(x)))
 
     Args:
-        config: the network's. width: d. window_size: side of this stage's attention windows. shifted: whether
-        its windows are shifted. project_conditioning: give the block its own linear map of the conditioning
-        vector. Decoder blocks always
-            have one; the others where their width is not that of the vector.
+        config: the network's.
+        width: d.
+        window_size: side of this stage's attention windows.
+        shifted: whether its windows are shifted.
+        project_conditioning: give the block its own linear map of the conditioning vector. Decoder blocks
+            always have one; the others where their width is not that of the vector.
     """
 
     def __init__(

@@ -165,9 +165,8 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         Args:
             hidden_states: noisy latents `(B, in_channels, H, W)`; H and W as `prepare_grid` accepts them.
             timestep: `(B,)` or a scalar, in the training process' steps 0..999; fractions are allowed.
-            class_labels: `(B,)` int64, 0..num_classes, the last (or diffusers' 1000) being the null class,
-            which
-                None means for all rows.
+            class_labels: `(B,)` int64, 0..num_classes, the last (or diffusers' 1000) being the null class;
+                None is the null class for all rows.
             return_dict: as everywhere in diffusers.
 
         Returns:

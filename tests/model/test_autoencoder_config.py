@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder, parse_settings
 
@@ -29,6 +31,7 @@ def test_default_architecture_is_small_enough_to_ship() -> None:
         ({"block_out_channels": (4, 6, 8, 8)}, "block_out_channels: .* multiples of norm_num_groups, 4"),
         ({"ema_decay": 1.0}, "ema_decay: 1.0 given"),
         ({"max_seconds": 0.0}, "max_seconds: 0.0 given; accepted is more than 0"),
+        ({"latent_noise": -0.1}, "latent_noise: -0.1 given; accepted is 0 or more"),
         ({"kl_weight": -1.0}, "kl_weight: -1.0 given; accepted is 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate: nan given"),
     ],
@@ -39,10 +42,48 @@ def test_config_refuses(changes: dict[str, Any], message: str) -> None:
         replace(TINY, **changes)
 
 
+def test_initial_weights_are_those_of_the_folder_with_the_posterior_of_the_config(tmp_path: Path) -> None:
+    saved = build_autoencoder(replace(TINY, seed=1))
+    torch.nn.init.constant_(saved.quant_conv.bias[4:], 1.0)
+    saved.half().save_pretrained(tmp_path)
+    module = build_autoencoder(replace(TINY, initial_weights=str(tmp_path)))
+    assert module.dtype == torch.float32
+    images = torch.rand(2, 3, 16, 16)
+    ours, theirs = module.encode(images).latent_dist, saved.float().encode(images).latent_dist
+    torch.testing.assert_close(ours.mean, theirs.mean)
+    torch.testing.assert_close(module.decode(ours.mean).sample, saved.decode(ours.mean).sample)
+    torch.testing.assert_close(ours.std, torch.full_like(ours.std, 0.01))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_out_channels": (4, 4, 8, 12)}, r"block_out_channels \[4, 4, 8, 12\]"),
+        ({"norm_num_groups": 2}, "norm_num_groups 2"),
+    ],
+    ids=["width", "groups"],
+)
+def test_initial_weights_refuse_another_architecture(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    build_autoencoder(replace(TINY, **changes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"initial_weights: .* with {message} given; accepted is"):
+        build_autoencoder(replace(TINY, initial_weights=str(tmp_path)))
+
+
+def test_initial_weights_refuse_latents_that_need_scaling(tmp_path: Path) -> None:
+    module = build_autoencoder(TINY)
+    module.register_to_config(scaling_factor=0.18215)
+    module.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"scaling_factor 0.18215 given; .* latents that need no scaling"):
+        build_autoencoder(replace(TINY, initial_weights=str(tmp_path)))
+
+
 def test_parse_settings() -> None:
-    assert parse_settings(["kl_weight=1e-4", "sizes=[128, 256]"]) == {
+    assert parse_settings(["kl_weight=1e-4", "sizes=[128, 256]", "initial_weights=runs/1/vae"]) == {
         "kl_weight": 1e-4,
         "sizes": (128, 256),
+        "initial_weights": "runs/1/vae",
     }
     for setting in ("nonsense=1", "seed=abc", "seed", "sizes=128", "kl_weight=[1]"):
         with pytest.raises(ValueError, match=re.escape(f"set: {setting} given")):

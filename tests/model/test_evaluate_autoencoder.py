@@ -7,12 +7,13 @@ import torch
 
 from model.autoencoder import Autoencoder
 from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder
-from model.data.places import Places
+from model.data.places import RESERVED_VIEW_IDS, Places
 from model.evaluate_autoencoder import (
     gradient_energy,
     latent_statistics,
     normalise_latents,
     peak_signal_to_noise,
+    point_response,
     reconstruction_metrics,
     reconstruction_picture,
 )
@@ -90,6 +91,43 @@ def test_reconstruction_metrics_of_a_perfect_autoencoder(places: Places) -> None
     metrics = reconstruction_metrics(Perfect(build_autoencoder(CONFIG)), places, size=16, num_views=70)
     assert metrics["psnr"] > 100
     assert metrics["gradient_energy_ratio"] == 1
+    assert metrics["gradient_energy_ratio_of_sums"] == 1
+
+
+def test_gradient_energy_ratio_is_the_mean_over_images(places: Places) -> None:
+    class FirstIsSoft(Autoencoder):
+        def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+            return images
+
+        def latents(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+            return moments
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return torch.cat((latents[:1] * 0.5, latents[1:]))
+
+    metrics = reconstruction_metrics(FirstIsSoft(build_autoencoder(CONFIG)), places, size=16, num_views=4)
+    energy = gradient_energy(places.render(RESERVED_VIEW_IDS + torch.arange(4), 16)[0])
+    assert metrics["gradient_energy_ratio"] == pytest.approx((0.25 + 3) / 4)
+    assert metrics["gradient_energy_ratio_of_sums"] == pytest.approx(
+        (1 - 0.75 * energy[0] / energy.sum()).item()
+    )
+
+
+def test_point_response_of_a_decoder_that_repeats_each_latent(places: Places) -> None:
+    class Repeating(Autoencoder):
+        def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(images.shape[0], 4, images.shape[2] // 8, images.shape[3] // 8)
+
+        def latents(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+            return moments
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            gains = torch.tensor([0.1, 0.2, 0.3, 0.0])[:, None, None]
+            image = (latents * gains).sum(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+            return image.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+    response = point_response(Repeating(build_autoencoder(CONFIG)), places, size=16, num_views=70)
+    assert response == pytest.approx([0.1, 0.2, 0.3, 0.0], rel=1e-5)
 
 
 def test_reconstruction_picture_aligns_sizes(places: Places) -> None:

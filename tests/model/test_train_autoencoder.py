@@ -45,16 +45,17 @@ def test_train_writes_every_output(tmp_path: Path) -> None:
     assert {"images_per_s", *AutoencoderLoss.TERMS} <= rows[0].keys()
     assert metrics["images"] == 24
     assert set(metrics["reconstruction"]) == {"16", "32"}
+    assert {size: len(response) for size, response in metrics["point_response"].items()} == {"16": 4, "32": 4}
     assert metrics["latents"]["std"] == pytest.approx([1] * 4, rel=1e-2)  # fp16 weights
     autoencoder = Autoencoder.load(tmp_path / "vae")
     assert autoencoder.decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 32, 32)
 
 
 def test_train_lowers_the_loss(tmp_path: Path) -> None:
-    train(replace(TINY, max_images=240, learning_rate=1e-2), tmp_path, "cpu")
+    train(replace(TINY, max_images=360, learning_rate=1e-2, kl_weight=0.02), tmp_path, "cpu")
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     first, last = (sum(row["l1"] for row in part) for part in (rows[:10], rows[-10:]))
-    assert last < 0.8 * first
+    assert last < 0.9 * first
 
 
 def test_train_stopped_and_resumed_equals_straight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +87,15 @@ def test_train_stopped_and_resumed_equals_straight(tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_train_goes_on_from_the_weights_of_an_earlier_run(tmp_path: Path) -> None:
+    earlier = train(TINY, tmp_path / "earlier", "cpu")
+    config = replace(TINY, initial_weights=str(tmp_path / "earlier/vae"), max_images=2, learning_rate=1e-9)
+    later = train(replace(config, sizes=(16,), batch_sizes=(2,)), tmp_path / "later", "cpu")
+    assert later["steps"] == 1
+    psnr = [metrics["reconstruction"]["16"]["psnr"] for metrics in (earlier, later)]
+    assert psnr[1] == pytest.approx(psnr[0], abs=0.05)
+
+
 def test_train_ends_by_time(tmp_path: Path) -> None:
     metrics = train(replace(TINY, max_images=None, max_seconds=0.2), tmp_path, "cpu")
     assert metrics["seconds"] >= 0.2
@@ -94,7 +104,7 @@ def test_train_ends_by_time(tmp_path: Path) -> None:
 
 def test_train_refuses_another_config_in_the_same_folder(tmp_path: Path) -> None:
     train(TINY, tmp_path, "cpu")
-    with pytest.raises(ValueError, match=r"kl_weight: 1.0 given; .* accepts 0.001, with which it began"):
+    with pytest.raises(ValueError, match=r"kl_weight: 1.0 given; .* accepts 0.05, with which it began"):
         train(replace(TINY, kl_weight=1.0), tmp_path, "cpu")
 
 
