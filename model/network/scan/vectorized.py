@@ -6,8 +6,8 @@ and the even states follow from the odd ones. All a lie in (0, 1]: products can 
 right limit, but never overflow, whatever delta*A is; nothing is divided and no logarithm is summed. About 3 L
 multiply-adds a channel, in log2(L) rounds of whole-tensor operations.
 
-All directions run in the same rounds: a and b are made in the order of the grid, and moving them onto the
-paths is one gather of rows of d_inner numbers for all of them.
+All directions run in the same rounds: what depends on a token is computed in the order of the grid and moved
+onto the paths of all of them by one gather of rows of d_inner numbers.
 
 The gradient is the same recurrence run backwards: with g_l = dL/dh_l in all, g_l = dy_l + a_{l+1} g_{l+1},
 and then dL/db_l = g_l, dL/da_l = g_l h_{l-1}.
@@ -35,25 +35,29 @@ def selective_scan(
     """Same arguments, result and precision as `reference.selective_scan`."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     u, delta, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
+    rows = _rows_along(paths)
     dt = F.softplus(delta + delta_bias)  # (batch, length, directions, d_inner)
-    dt_u = dt * u.unsqueeze(2)
-    y = torch.matmul(_visits(paths, u.shape[1], dtype), D.to(dtype)) * u  # (batch, length, d_inner)
+    dt_u = _ToPath.apply(dt * u.unsqueeze(2), rows)  # (batch, path_length, directions, d_inner)
+    dt, B, C = (_ToPath.apply(x, rows) for x in (dt, B, C))
+    y = torch.zeros_like(dt)
     # State by state: no tensor has both axes d_inner and d_state, which would leave the caches.
     for A_n, B_n, C_n in zip(A.unbind(-1), B.split(1, -1), C.split(1, -1), strict=True):
-        h = path_states(torch.exp(dt * A_n), dt_u * B_n, paths)  # (batch, length, directions, d_inner)
-        y = y + (h * C_n).sum(2)
-    return y
+        y = torch.addcmul(y, linear_recurrence(torch.exp(dt * A_n), dt_u * B_n), C_n)
+    skip = torch.matmul(_visits(paths, u.shape[1], dtype), D.to(dtype)) * u  # (batch, length, d_inner)
+    return _ToGrid.apply(y, rows, u.shape[1]).sum(2) + skip
 
 
-def path_states(a: Tensor, b: Tensor, paths: Tensor) -> Tensor:
-    """The states h_i = a_i h_{i-1} + b_i of every direction along its path, from h = 0; differentiable.
-
-    a, b and h are `(batch, length, directions, channels)` in the order of the grid; h is 0 at tokens that a
-    direction does not visit.
+def linear_recurrence(a: Tensor, b: Tensor) -> Tensor:
+    """h with h_l = a_l h_{l-1} + b_l along axis 1 from h = 0; a, b and h `(batch, length, ...)`;
+    differentiable.
     """
+    return _LinearRecurrence.apply(a, b)
+
+
+def _rows_along(paths: Tensor) -> Tensor:
+    """`(path_length * directions,)`: the rows of a `(length * directions, ...)` tensor, step by step."""
     directions = len(paths)
-    offsets = torch.arange(directions, device=paths.device).unsqueeze(1)
-    return _PathStates.apply(a, b, (paths * directions + offsets).T.flatten())
+    return (paths * directions + torch.arange(directions, device=paths.device).unsqueeze(1)).T.flatten()
 
 
 def _visits(paths: Tensor, length: int, dtype: torch.dtype) -> Tensor:
@@ -62,36 +66,40 @@ def _visits(paths: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return visits.scatter_(1, paths, 1.0).T
 
 
-class _PathStates(torch.autograd.Function):
-    """`path_states`, with `rows` `(path_length * directions,)`: step by step, the rows of the
-    `(length * directions, channels)` numbers of the grid.
-    """
+class _ToPath(torch.autograd.Function):
+    """`(batch, length, directions, ...)` in the order of the grid to that of the paths."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
-        h = _solve_(_to_path(a, rows), _to_path(b, rows))  # (batch, path_length, directions, channels)
-        ctx.save_for_backward(a, h, rows)
-        return _to_grid(h, rows, a.shape[1])
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.length = x.shape[1]
+        return _to_path(x, rows)
 
     @staticmethod
-    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor, None]:
-        a, h, rows = ctx.saved_tensors
-        directions = a.shape[2]
-        backwards = rows.unflatten(0, (-1, directions)).flip(0).flatten()
-        # a_{i+1} in reversed order; the first factor meets g = 0 and is never used.
-        a_next = _to_path(a, backwards.roll(directions))
-        grad_b = _to_grid(_solve_(a_next, _to_path(grad_h, backwards)), backwards, a.shape[1])
-        h_previous = F.pad(h, (0, 0, 0, 0, 1, -1))
-        return grad_b * _to_grid(h_previous, rows, a.shape[1]), grad_b, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return _to_grid(grad, rows, ctx.length), None
+
+
+class _ToGrid(torch.autograd.Function):
+    """The way back; zeros at tokens that a direction does not visit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return _to_grid(x, rows, length)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return _to_path(grad, rows), None, None
 
 
 def _to_path(x: Tensor, rows: Tensor) -> Tensor:
-    """Tokens of `(batch, length, directions, channels)` in the order of the paths, contiguous."""
     return x.flatten(1, 2).index_select(1, rows).unflatten(1, (-1, x.shape[2]))
 
 
 def _to_grid(x: Tensor, rows: Tensor, length: int) -> Tensor:
-    """The inverse of `_to_path`; zeros where no step of the direction is."""
     size, directions = length * x.shape[2], x.shape[2]
     x = x.flatten(1, 2)
     if len(rows) == size:  # every token visited: a permutation, and reading rows is faster than writing them
@@ -101,6 +109,23 @@ def _to_grid(x: Tensor, rows: Tensor, length: int) -> Tensor:
     else:
         grid = x.new_zeros(len(x), size, x.shape[2]).index_copy_(1, rows, x)
     return grid.unflatten(1, (length, directions))
+
+
+class _LinearRecurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        h = _solve_(a, b.clone(memory_format=torch.contiguous_format))
+        ctx.save_for_backward(a, h)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor]:
+        a, h = ctx.saved_tensors
+        # a_{l+1} in reversed order; the first factor meets g = 0 and is never used.
+        a_next = torch.cat([a[:, :1], a[:, 1:].flip(1)], dim=1)
+        grad_b = _solve_(a_next, grad_h.flip(1)).flip(1)
+        h_previous = F.pad(h, (0, 0) * (h.dim() - 2) + (1, -1))
+        return grad_b * h_previous, grad_b
 
 
 def _solve_(a: Tensor, h: Tensor) -> Tensor:

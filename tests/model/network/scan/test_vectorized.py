@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.network.scan import SCAN_BACKENDS, reference, resolve_scan_backend, vectorized
 from model.network.scan.paths import scan_paths
-from model.network.scan.vectorized import path_states
+from model.network.scan.vectorized import linear_recurrence
 
 TOLERANCE = {  # relative RMS of the output and of each gradient
     torch.float64: 1e-13,  # another order of the same products
@@ -102,12 +102,10 @@ def test_vectorized_scan_is_exact_where_products_of_decays_vanish(scale: float) 
 
 def test_vectorized_scan_keeps_memory_over_a_long_path() -> None:
     length = 1024
-    a, b = torch.full((1, length, 1, 1), 1 - 2.0**-12), torch.zeros(1, length, 1, 1)
+    a, b = torch.full((1, length, 1), 1 - 2.0**-12), torch.zeros(1, length, 1)
     b[0, 0] = 1.0
-    h = path_states(a.double(), b.double(), torch.arange(length).unsqueeze(0))
-    torch.testing.assert_close(
-        h[0, -1, 0, 0], torch.tensor((1 - 2.0**-12) ** (length - 1), dtype=torch.float64)
-    )
+    h = linear_recurrence(a.double(), b.double())
+    torch.testing.assert_close(h[0, -1, 0], torch.tensor((1 - 2.0**-12) ** (length - 1), dtype=torch.float64))
 
 
 def test_softplus_is_the_identity_above_twenty() -> None:
