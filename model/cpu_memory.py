@@ -15,19 +15,16 @@ from typing import Final
 __all__ = ["keep_freed_memory"]
 
 # mallopt's parameters (malloc.h) and what they are set to.
-_TRIM_THRESHOLD: Final = (-1, 2**29)  # bytes free at the end of the heap before it shrinks
-_MMAP_THRESHOLD: Final = (-3, 2**28)  # smaller blocks come from the heap, not from the system one by one
-_ARENA_MAX: Final = (
-    -8,
-    1,
-)  # one heap for all threads: others are cut into pieces of 64 MiB, which are unmapped
+_TRIM_THRESHOLD: Final = (-1, 2**27)  # bytes free at the end of the heap before it shrinks
+_MMAP_THRESHOLD: Final = (-3, 2**25)  # smaller blocks come from the heap, not from the system one by one
+_ARENA_MAX: Final = (-8, 1)  # one heap: those of other threads are unmapped in pieces of 64 MiB
 
 
 def keep_freed_memory() -> bool:
     """Set the allocator of the whole process so; True where that was possible.
 
     For programs, not for libraries: call it once, before the first large tensor. The process then keeps its
-    peak of activations, up to 512 MiB, for as long as it lives.
+    peak of activations, up to 128 MiB, for as long as it lives.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
