@@ -39,11 +39,12 @@ from model.checkpoint import load_newest_state, save_state
 from model.cuda_graph import CapturedStep
 from model.data.latents import LatentCache, places_latents
 from model.data.places import Places
+from model.device import resolve_device
 from model.diffusion.loss import LossTables, diffusion_loss, q_sample
 from model.diffusion.schedule import NoiseSchedule
+from model.model_folder import load_network, save_model_folder, write_json
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
-from model.pipeline import load_network, save_model_folder, write_json
 from model.progress import progress_display
 from model.stop_request import StopRequest
 from model.train_config import TrainConfig
@@ -158,7 +159,7 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
     Ctrl-C or SIGTERM during the training steps ends the program after the step: with a saved state, and with
     exit code 130 or 143. A second one ends it at once.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = resolve_device(device)
     output_dir = Path(config.output_dir)
     started = time.monotonic()
     state = load_newest_state(output_dir / "states")
