@@ -127,14 +127,18 @@ def _load(
 ) -> LaMambaPipeline:
     import torch
 
+    from model.cpu_memory import keep_freed_memory
     from model.cpu_threads import available_cpu_threads
     from model.pipeline import LaMambaPipeline
     from model.pretrained import default_model_dir
 
-    torch.set_num_threads(available_cpu_threads())
+    torch.set_num_threads(1)  # the rows of a step share the threads, see `model.cpu_rows`
+    keep_freed_memory()
     folder = model if model is not None else default_model_dir(resolution or 128)
     try:
-        pipeline = LaMambaPipeline.load(folder, device=device, scan_backend=scan_backend)
+        pipeline = LaMambaPipeline.load(
+            folder, device=device, scan_backend=scan_backend, num_row_threads=available_cpu_threads()
+        )
     except (RuntimeError, OSError) as error:  # a device that has not the room, for one
         raise ValueError(one_line(error)) from error
     if resolution not in (None, pipeline.resolution):

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from model.autoencoder import Autoencoder
+from model.cpu_rows import RowThreads
 from model.device import resolve_device
 from model.diffusion.noise import gaussian_noise
 from model.diffusion.samplers import SamplerTable, sampler_table
 from model.diffusion.schedule import NoiseSchedule
-from model.diffusion.step import StepBatch, denoise_step
+from model.diffusion.step import DenoisingNetwork, StepBatch, denoise_step
 from model.model_folder import (
     load_autoencoder,
     load_network,
@@ -51,6 +52,8 @@ class LaMambaPipeline:
     weights_hash: str
     device: torch.device
     dtype: torch.dtype
+    row_threads: RowThreads | None = None
+    """What shares the rows of a step; None runs them in one call."""
 
     @classmethod
     def load(
@@ -60,6 +63,7 @@ class LaMambaPipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         scan_backend: str = "auto",
+        num_row_threads: int = 1,
     ) -> LaMambaPipeline:
         """Load a model folder, or a hub id of one.
 
@@ -67,6 +71,8 @@ class LaMambaPipeline:
             device: CUDA when there is one, else the CPU.
             dtype: of network and autoencoder; bf16 on CUDA, fp32 on the CPU.
             scan_backend: see `network.scan.resolve_scan_backend`.
+            num_row_threads: CPU threads that share the rows of a step; for programs that give torch one
+                thread (`torch.set_num_threads(1)`). Other devices do not use them.
 
         Raises:
             ValueError: one line that names the folder and what does not fit.
@@ -99,7 +105,13 @@ class LaMambaPipeline:
             weights_hash=weights_hash(path),
             device=device,
             dtype=dtype,
+            row_threads=RowThreads(num_row_threads) if device.type == "cpu" and num_row_threads > 1 else None,
         )
+
+    @property
+    def denoiser(self) -> DenoisingNetwork:
+        """The network as `denoise_step` is to call it on this device."""
+        return self.network if self.row_threads is None else self.row_threads.share(self.network)
 
     @property
     def num_classes(self) -> int:
@@ -141,7 +153,9 @@ class LaMambaPipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `(n, C, H, W)` to pixels `(n, height, width, 3)` uint8 on the CPU."""
-        images = self.autoencoder.decode(latents).float()
+        # On a CPU a batch takes the time of its images one by one, and a multiple of their memory.
+        parts = latents.split(1) if self.device.type == "cpu" else (latents,)
+        images = torch.cat([self.autoencoder.decode(part) for part in parts]).float()
         pixels = images.clamp(-1, 1).add(1).mul(127.5).round()
         return pixels.to(torch.uint8).movedim(1, -1).cpu()
 
@@ -234,7 +248,7 @@ class LaMambaPipeline:
                 noise=gaussian_noise(seed, index, draw, self.latent_shape) if table.stochastic else None,
             )
             latents, history = denoise_step(
-                self.network, batch, null_label=self.null_label, guidance_channels=self.guidance_channels
+                self.denoiser, batch, null_label=self.null_label, guidance_channels=self.guidance_channels
             )
             if progress is not None:
                 progress(images)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model.cpu_memory import keep_freed_memory
 from model.cpu_threads import available_cpu_threads
 from model.device import resolve_device
 from model.messages import one_line
@@ -137,7 +138,8 @@ class Runtime:
 
     def _start(self) -> None:
         settings = self.settings
-        torch.set_num_threads(settings.num_threads or available_cpu_threads())
+        torch.set_num_threads(1)  # the rows of a step share the threads, see `model.cpu_rows`
+        keep_freed_memory()
         pipelines = self._given if self._given is not None else [*self._load()]
         try:
             catalog = Catalog(
@@ -180,6 +182,7 @@ class Runtime:
                     device=device,
                     dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
                     scan_backend=settings.scan_backend,
+                    num_row_threads=settings.num_threads or available_cpu_threads(),
                 )
             except ValueError as error:  # the pipeline's own words, which name the folder
                 raise StartupError(one_line(error)) from error

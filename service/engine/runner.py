@@ -149,7 +149,7 @@ class Runner:
     def _denoise(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
         pipeline = self._pipeline
         return denoise_step(
-            pipeline.network,
+            pipeline.denoiser,
             batch,
             null_label=pipeline.null_label,
             guidance_channels=pipeline.guidance_channels,

@@ -6,6 +6,9 @@ and the even states follow from the odd ones. All a lie in (0, 1]: products can 
 right limit, but never overflow, whatever delta*A is; nothing is divided and no logarithm is summed. About 3 L
 multiply-adds a channel, in log2(L) rounds of whole-tensor operations.
 
+All directions run in the same rounds: what depends on a token is computed in the order of the grid and moved
+onto the paths of all of them by one gather of rows of d_inner numbers.
+
 The gradient is the same recurrence run backwards: with g_l = dL/dh_l in all, g_l = dy_l + a_{l+1} g_{l+1},
 and then dL/db_l = g_l, dL/da_l = g_l h_{l-1}.
 """
@@ -32,22 +35,16 @@ def selective_scan(
     """Same arguments, result and precision as `reference.selective_scan`."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     u, delta, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
+    rows = _rows_along(paths)
     dt = F.softplus(delta + delta_bias)  # (batch, length, directions, d_inner)
-    skip = (u.unsqueeze(2) * D).unbind(2)
-    y = torch.zeros_like(u)
-    for k, path in enumerate(paths):
-        dt_k, u_k = dt[:, path, k], u[:, path]  # (batch, path_length, d_inner)
-        B_k, C_k = B[:, path, k], C[:, path, k]  # (batch, path_length, d_state)
-        if A.shape[-1] == 1:
-            # One state a channel: no state axis, and the products with B and C broadcast over the channels.
-            h = linear_recurrence(torch.exp(dt_k * A[k, :, 0]), dt_k * u_k * B_k)
-            y_k = h * C_k
-        else:
-            decay = torch.exp(dt_k.unsqueeze(-1) * A[k])  # (batch, path_length, d_inner, d_state)
-            h = linear_recurrence(decay, (dt_k * u_k).unsqueeze(-1) * B_k.unsqueeze(2))
-            y_k = (h * C_k.unsqueeze(2)).sum(-1)
-        y = y.index_add(1, path, y_k + skip[k][:, path])
-    return y
+    dt_u = _ToPath.apply(dt * u.unsqueeze(2), rows)  # (batch, path_length, directions, d_inner)
+    dt, B, C = (_ToPath.apply(x, rows) for x in (dt, B, C))
+    y = torch.zeros_like(dt)
+    # State by state: no tensor has both axes d_inner and d_state, which would leave the caches.
+    for A_n, B_n, C_n in zip(A.unbind(-1), B.split(1, -1), C.split(1, -1), strict=True):
+        y = torch.addcmul(y, linear_recurrence(torch.exp(dt * A_n), dt_u * B_n), C_n)
+    skip = torch.matmul(_visits(paths, u.shape[1], dtype), D.to(dtype)) * u  # (batch, length, d_inner)
+    return _ToGrid.apply(y, rows, u.shape[1]).sum(2) + skip
 
 
 def linear_recurrence(a: Tensor, b: Tensor) -> Tensor:
@@ -57,32 +54,89 @@ def linear_recurrence(a: Tensor, b: Tensor) -> Tensor:
     return _LinearRecurrence.apply(a, b)
 
 
+def _rows_along(paths: Tensor) -> Tensor:
+    """`(path_length * directions,)`: the rows of a `(length * directions, ...)` tensor, step by step."""
+    directions = len(paths)
+    return (paths * directions + torch.arange(directions, device=paths.device).unsqueeze(1)).T.flatten()
+
+
+def _visits(paths: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """`(length, directions)`: 1 where the direction visits the token."""
+    visits = torch.zeros(len(paths), length, dtype=dtype, device=paths.device)
+    return visits.scatter_(1, paths, 1.0).T
+
+
+class _ToPath(torch.autograd.Function):
+    """`(batch, length, directions, ...)` in the order of the grid to that of the paths."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.length = x.shape[1]
+        return _to_path(x, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return _to_grid(grad, rows, ctx.length), None
+
+
+class _ToGrid(torch.autograd.Function):
+    """The way back; zeros at tokens that a direction does not visit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return _to_grid(x, rows, length)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return _to_path(grad, rows), None, None
+
+
+def _to_path(x: Tensor, rows: Tensor) -> Tensor:
+    return x.flatten(1, 2).index_select(1, rows).unflatten(1, (-1, x.shape[2]))
+
+
+def _to_grid(x: Tensor, rows: Tensor, length: int) -> Tensor:
+    size, directions = length * x.shape[2], x.shape[2]
+    x = x.flatten(1, 2)
+    if len(rows) == size:  # every token visited: a permutation, and reading rows is faster than writing them
+        grid = x.index_select(
+            1, torch.empty_like(rows).scatter_(0, rows, torch.arange(size, device=x.device))
+        )
+    else:
+        grid = x.new_zeros(len(x), size, x.shape[2]).index_copy_(1, rows, x)
+    return grid.unflatten(1, (length, directions))
+
+
 class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        h = _solve(a, b)
+        h = _solve_(a, b.clone(memory_format=torch.contiguous_format))
         ctx.save_for_backward(a, h)
         return h
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor]:
         a, h = ctx.saved_tensors
-        # a_{l+1} in reversed order; the first factor meets h = 0 and is never used.
+        # a_{l+1} in reversed order; the first factor meets g = 0 and is never used.
         a_next = torch.cat([a[:, :1], a[:, 1:].flip(1)], dim=1)
-        grad_b = _solve(a_next, grad_h.flip(1)).flip(1)
+        grad_b = _solve_(a_next, grad_h.flip(1)).flip(1)
         h_previous = F.pad(h, (0, 0) * (h.dim() - 2) + (1, -1))
         return grad_b * h_previous, grad_b
 
 
-def _solve(a: Tensor, b: Tensor) -> Tensor:
-    length = b.shape[1]
-    if length == 1:
-        return b
-    h = torch.empty_like(b, memory_format=torch.contiguous_format)
-    a_odd, b_odd = a[:, 1::2], b[:, 1::2]
-    pairs = a_odd.shape[1]
-    h_odd = _solve(a[:, 0 : 2 * pairs : 2] * a_odd, torch.addcmul(b_odd, a_odd, b[:, 0 : 2 * pairs : 2]))
-    h[:, 1::2] = h_odd
-    h[:, 0] = b[:, 0]
-    h[:, 2::2] = torch.addcmul(b[:, 2::2], a[:, 2::2], h_odd[:, : (length - 1) // 2])
+def _solve_(a: Tensor, h: Tensor) -> Tensor:
+    """Turn b, which `h` holds, into the states along axis 1, in place."""
+    length = h.shape[1]
+    pairs = length // 2
+    if pairs == 0:
+        return h
+    a_even, a_odd, h_odd = a[:, 0 : 2 * pairs : 2], a[:, 1::2], h[:, 1::2]
+    h_odd.addcmul_(a_odd, h[:, 0 : 2 * pairs : 2])
+    if pairs > 1:
+        _solve_(a_even * a_odd, h_odd)
+    h[:, 2::2].addcmul_(a[:, 2::2], h_odd[:, : (length - 1) // 2])
     return h

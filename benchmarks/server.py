@@ -1,0 +1,90 @@
+"""A real `lamamba serve` in a process of its own, on a free port of the loopback interface."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+_ROOT = Path(__file__).resolve().parent.parent
+_POLL_S = 0.02
+_START_LIMIT_S = 120.0
+_END_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningServer:
+    """A server that is ready."""
+
+    url: str
+    pid: int
+    live_s: float
+    """From the start of the process to the first answer to a probe."""
+    ready_s: float
+    """From the start of the process to readiness: models loaded and warm."""
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Resident memory now, and its peak so far."""
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        return {
+            name: int(fields[key].split()[0]) * 1024
+            for name, key in (("rss_bytes", "VmRSS"), ("peak_rss_bytes", "VmHWM"))
+        }
+
+
+@contextmanager
+def running_server(
+    models: Sequence[Path] = (), *, environment: Mapping[str, str] | None = None
+) -> Iterator[RunningServer]:
+    """Start `lamamba serve` on `models` (none: the shipped ones), wait until it is ready, end it after use.
+
+    `environment`: further LAMAMBA_* variables; those of this process are not passed on.
+    """
+    port = _free_port()
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LAMAMBA_")}
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port), "--log-level", "warning"]
+    command += [argument for model in models for argument in ("--models", str(model.resolve()))]
+    started = time.monotonic()
+    process = subprocess.Popen(command, cwd=_ROOT, env=inherited | dict(environment or {}))
+    try:
+        url = f"http://127.0.0.1:{port}"
+        live_s = _wait_for(process, f"{url}/health/live", started)
+        ready_s = _wait_for(process, f"{url}/health/ready", started)
+        yield RunningServer(url=url, pid=process.pid, live_s=live_s, ready_s=ready_s)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(process: subprocess.Popen[bytes], url: str, started: float) -> float:
+    """Seconds from `started` until `url` answers 200. Raises RuntimeError where it never does."""
+    while time.monotonic() - started < _START_LIMIT_S:
+        if process.poll() is not None:
+            raise RuntimeError(f"lamamba serve ended with {process.returncode} before it was ready")
+        try:
+            if httpx.get(url, timeout=5.0, trust_env=False).status_code == 200:
+                return time.monotonic() - started
+        except httpx.TransportError:
+            pass  # not listening yet
+        time.sleep(_POLL_S)
+    raise RuntimeError(f"lamamba serve was not ready after {_START_LIMIT_S:.0f} s")
+
+
+def _free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
