@@ -32,7 +32,8 @@ from model.data.latents import LatentCache
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
 from model.recipes import load_recipe
-from model.train import TrainConfig, Trainer
+from model.train import Trainer
+from model.train_config import TrainConfig
 
 NUM_CLASSES = 21
 

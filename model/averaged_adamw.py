@@ -1,8 +1,8 @@
 """AdamW and the moving average of the weights (EMA), as one update that never asks the host.
 
 Learning rate and decay are tensors on the parameters' device, so a CUDA graph of the update follows their
-schedules. A step whose gradients are not all finite leaves parameters and moments as they are and is counted,
-on the device too.
+schedules. A step whose gradients are not all finite leaves parameters, moments and average as they are and is
+counted, on the device too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class AveragedAdamW:
         """
         self.parameters, self.average = list(parameters), list(average)
         self.max_grad_norm, self.average_decay = max_grad_norm, average_decay
-        self._captured = captured
+        # What the parameter groups must hold, also after moments of another run were loaded.
+        self._settings = {"betas": betas, "weight_decay": weight_decay, "capturable": captured}
         device = self.parameters[0].device
         self.skipped, self.skipped_steps = torch.ones((), device=device), torch.zeros((), device=device)
         self._learning_rate, self._average_weight = (torch.zeros((), device=device) for _ in range(2))
@@ -51,7 +52,7 @@ class AveragedAdamW:
         # What GradScaler sets for the same purpose: a fused step changes nothing where this is 1.
         self._adamw.found_inf = self.skipped  # type: ignore[attr-defined]
         self._create_moments()
-        self._use_device_scalars()
+        self._use_own_settings()
 
     def schedule(self, *, learning_rate: float, step: int) -> None:
         """Set what the next update uses; `step` counts the updates before it."""
@@ -69,7 +70,7 @@ class AveragedAdamW:
         self._adamw.zero_grad(set_to_none=True)
         # torch._foreach_lerp_, whose weight would have to be known to the host.
         difference = torch._foreach_sub(self.parameters, self.average)
-        torch._foreach_mul_(difference, self._average_weight)
+        torch._foreach_mul_(difference, self._average_weight * (1 - self.skipped))
         torch._foreach_add_(self.average, difference)
         return grad_norm
 
@@ -79,13 +80,19 @@ class AveragedAdamW:
         return [*self.parameters, *self.average, *moments, self.skipped, self.skipped_steps]
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments, as torch.optim.AdamW keeps them; the parameters and their average have other homes."""
-        return self._adamw.state_dict()
+        """The moments, as torch.optim.AdamW keeps them, and `skipped_steps`; the parameters and their average
+        have other homes.
+        """
+        return {**self._adamw.state_dict(), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the moments of `state`; they are new tensors, so a graph that was captured before is void."""
+        """Take the moments and the count of `state`, and none of its settings.
+
+        The moments are new tensors, so a graph that was captured before is void.
+        """
         self._adamw.load_state_dict(state)
-        self._use_device_scalars()
+        self.skipped_steps.copy_(state["skipped_steps"])
+        self._use_own_settings()
 
     def _create_moments(self) -> None:
         """AdamW makes its moments at its first step: here one that is skipped, so that all state exists."""
@@ -94,8 +101,8 @@ class AveragedAdamW:
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
 
-    def _use_device_scalars(self) -> None:
+    def _use_own_settings(self) -> None:
         for group in self._adamw.param_groups:
-            group["lr"], group["capturable"] = self._learning_rate, self._captured
+            group.update(self._settings, lr=self._learning_rate)
         # The steps before the capture run uncaptured on purpose.
         self._adamw._warned_capturable_if_run_uncaptured = True

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from model.limits import DEFAULT_STEPS, GUIDANCE_SCALE_RANGE, MAX_SEED
+from model.messages import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,8 +139,8 @@ def _load(
         pipeline = LaMambaPipeline.load(
             folder, device=device, scan_backend=scan_backend, num_row_threads=available_cpu_threads()
         )
-    except (RuntimeError, OSError) as error:  # a device that is not there, or has not the room
-        raise ValueError(" ".join(str(error).split())) from error
+    except (RuntimeError, OSError) as error:  # a device that has not the room, for one
+        raise ValueError(one_line(error)) from error
     if resolution not in (None, pipeline.resolution):
         raise ValueError(f"resolution: {resolution} given; {pipeline.name} makes {pipeline.resolution}")
     return pipeline

@@ -79,6 +79,8 @@ class LaMambaConfig:
     """How a decoder stage takes its skip (Table 4, "U-Net Shortcut")."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.depths, list | tuple):
+            raise ValueError(f"depths: {self.depths!r} given; a list of block counts is accepted")
         object.__setattr__(self, "depths", tuple(self.depths))
         for field, minimum in _MINIMUM.items():
             _require_integer(field, getattr(self, field), minimum)
@@ -121,7 +123,7 @@ class LaMambaConfig:
         parameters.
         """
         presets = _presets()
-        if name.upper() not in presets:
+        if not isinstance(name, str) or name.upper() not in presets:
             raise ValueError(f"preset: {name!r} given; one of {', '.join(presets)} is accepted")
         return cls.from_dict(presets[name.upper()] | overrides)
 

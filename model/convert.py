@@ -37,7 +37,7 @@ from model.autoencoder import Autoencoder
 from model.config import LaMambaConfig
 from model.diffusion.samplers import diffusers_scheduler_config
 from model.diffusion.schedule import NoiseSchedule
-from model.pipeline import load_network, write_json, write_model_index
+from model.model_folder import load_network, write_json, write_model_index
 
 logger = logging.getLogger(__name__)
 

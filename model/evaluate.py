@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from model.data.places import RESERVED_VIEW_IDS, Places
@@ -37,6 +36,7 @@ from model.evaluation.judge import REQUIRED_ACCURACY, Confusion, Judge, train_ju
 from model.evaluation.nearest import nearest_views
 from model.evaluation.pictures import class_grid, labelled_grid, save_picture, spread
 from model.pipeline import LaMambaPipeline
+from model.progress import progress_display
 
 __all__ = ["Evaluation"]
 
@@ -68,7 +68,7 @@ class Evaluation:
             )
         self.pipeline, self.config, self.places, self.extractor = pipeline, config, places, extractor
         self.output_dir, self.judge_file = output_dir, judge_file
-        self.progress = _progress()
+        self.progress = progress_display()
         self.size = pipeline.resolution
         self.kept = len(places.labels) * config.images_per_class  # samples of each scale kept for pictures
         self.samples: dict[float, Tensor] = {}  # guidance scale -> (kept, H, W, 3) uint8
@@ -291,13 +291,3 @@ def _array(pixels: Tensor) -> NDArray[np.uint8]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )

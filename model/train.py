@@ -2,8 +2,8 @@
 
 Progress is counted in images. The random numbers of a step are a function of (seed, images seen) alone, so a
 resumed run continues exactly without stored generator states. Parameters, EMA and scan state are fp32; the
-network runs under bf16 autocast on CUDA. A step whose gradients are not finite changes nothing and is
-counted.
+network runs under bf16 autocast on CUDA. A step whose gradients are not finite changes nothing, the EMA
+included, and is counted.
 
 On CUDA a whole step, from drawing latents to the EMA, is one CUDA graph, and the blocks are compiled. The
 compiler keeps its results in TORCHINDUCTOR_CACHE_DIR: with a folder that lasts, or one copied from another
@@ -11,150 +11,53 @@ machine of the same kind, the next run starts several times faster.
 
 A run's folder (`output_dir`) holds `config.json` (the resolved configuration), `states/` (resumable),
 `log.jsonl`, and at the end `model/`: the EMA weights as the folder that the service loads. The same command
-resumes.
+resumes. States are saved between steps alone: also on Ctrl-C and SIGTERM, but not after a fault, which would
+hide behind the fault of saving.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from rich.progress import Progress
+from torch import Tensor, nn
 
 from model.autoencoder import Autoencoder
 from model.averaged_adamw import AveragedAdamW
 from model.checkpoint import load_newest_state, save_state
-from model.config import LaMambaConfig
 from model.cuda_graph import CapturedStep
 from model.data.latents import LatentCache, places_latents
 from model.data.places import Places
+from model.device import resolve_device
 from model.diffusion.loss import LossTables, diffusion_loss, q_sample
 from model.diffusion.schedule import NoiseSchedule
+from model.model_folder import load_network, save_model_folder, write_json
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
-from model.pipeline import load_network, save_model_folder
+from model.progress import progress_display
+from model.stop_request import StopRequest
+from model.train_config import TrainConfig
+
+__all__ = ["Trainer", "train"]
 
 logger = logging.getLogger(__name__)
 
 # Pixels encoded at a time: 256 images of 256 px, about 6 GB of activations in bf16.
 _ENCODING_PIXELS = 2**24
-_FIXED_FIELDS = ("network", "resolution", "num_views", "batch_size", "seed")
-_COMPILE_MODES = ("none", "block", "full")
 _MAX_DISTINCT_BLOCKS = 64  # torch stops a program that compiles one function more often than 8 times
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that seeds and image counts never meet in one generator seed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """One training run. ValueError names a bad field, its value and what is accepted."""
-
-    name: str
-    """The model's name, by which the service will list it."""
-    output_dir: str
-    """The run's folder; a run found there is resumed."""
-    autoencoder: str
-    """Folder or hub id of the AutoencoderKL whose latents are learned."""
-    resolution: int
-    """Side of the training images in pixels."""
-    network: dict[str, Any] = field(default_factory=dict)
-    """Fields of LaMambaConfig; `preset: S|B|L|XL` may stand among them. `num_classes` follows from the data.
-    """
-    num_views: int = 200_000
-    """Views of `places` in the latents cache."""
-    num_images: int = 1_000_000
-    """Images to train on in all."""
-    batch_size: int = 256
-    """Images in one optimizer step."""
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
-    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant as in the paper, or a cosine to zero at `num_images`."""
-    warmup_images: int = 0
-    """Images over which the learning rate rises linearly from 0."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    max_grad_norm: float = math.inf
-    """Gradients are scaled down to this norm; inf leaves them."""
-    ema_decay: float = 0.9999
-    """Decay of the weights' moving average a step, reached from below as (1 + step) / (10 + step)."""
-    seed: int = 0
-    initial_weights: str | None = None
-    """A model folder whose transformer the run starts from, with fresh optimizer moments."""
-    compile: Literal["none", "block", "full"] = "block"
-    """On CUDA, torch.compile of each block, where like ones share the result (places-256: 6 for 13), or of
-    the loss as a whole, which takes two to three times as long.
-    """
-    cuda_graph: bool = True
-    """On CUDA, launch each step as one CUDA graph; without it the host is slower than the device."""
-    scan_backend: str = "auto"
-    state_every_s: float = 120.0
-    """Seconds between saved states."""
-    stop_after_s: float = math.inf
-    """Save a state and stop after this many seconds; the same command goes on."""
-    log_every: int = 50
-    """Steps between log lines; only these wait for the device."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "adam_betas", tuple(self.adam_betas))
-        for name in ("resolution", "num_views", "num_images", "batch_size", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} given; at least 1 is accepted")
-        for name in ("learning_rate", "max_grad_norm", "state_every_s", "stop_after_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)} given; more than 0 is accepted")
-        for name in ("warmup_images", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)} given; at least 0 is accepted")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: {self.ema_decay} given; 0 to below 1 is accepted")
-        if self.learning_rate_schedule not in ("constant", "cosine"):
-            raise ValueError(
-                f"learning_rate_schedule: {self.learning_rate_schedule!r} given; "
-                "constant or cosine is accepted"
-            )
-        if self.compile not in _COMPILE_MODES:
-            raise ValueError(
-                f"compile: {self.compile!r} given; one of {', '.join(_COMPILE_MODES)} is accepted"
-            )
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """A configuration from plain values, as a recipe holds them; unknown and missing fields raise
-        ValueError.
-        """
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"{name}: unknown field; a training run has {', '.join(known)}")
-        missing = [
-            name
-            for name, f in known.items()
-            if name not in fields
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        ]
-        if missing:
-            raise ValueError(f"{missing[0]}: missing; a training run needs {', '.join(missing)}")
-        return cls(**fields)
-
-    def network_config(self, *, num_classes: int, downsampling: int, in_channels: int) -> LaMambaConfig:
-        """The network for this data and autoencoder."""
-        fields = dict(self.network)
-        fields |= {"num_classes": fields.get("num_classes", num_classes), "in_channels": in_channels}
-        fields |= {"sample_size": self.resolution // downsampling}
-        preset = fields.pop("preset", None)
-        return LaMambaConfig.preset(preset, **fields) if preset else LaMambaConfig.from_dict(fields)
+_SCALING_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 class Trainer:
@@ -252,37 +155,42 @@ class Trainer:
 def train(config: TrainConfig, *, device: torch.device | str | None = None) -> Path | None:
     """Run, or go on with, the run of `config`; the exported model folder, or None when `stop_after_s` came
     first.
+
+    Ctrl-C or SIGTERM during the training steps ends the program after the step: with a saved state, and with
+    exit code 130 or 143. A second one ends it at once.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = resolve_device(device)
     output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _write_config(config, output_dir / "config.json")
     started = time.monotonic()
-    with _progress() as progress:
+    state = load_newest_state(output_dir / "states")
+    module = Autoencoder.load(config.autoencoder_source).module
+    run = {"config": config.to_dict(), "autoencoder": _fingerprint(module)}
+    if state is not None:
+        _require_same_run(config, run, state["run"])
+    with progress_display() as progress:
         places = Places.load(device=device)
-        autoencoder = Autoencoder.load(
-            config.autoencoder,
-            device=device,
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-            micro_batch_pixels=_ENCODING_PIXELS,
-        )
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        nn.Module.to(module, device=device, dtype=dtype)  # torch's own: diffusers' warns at every cast
         data = places_latents(
             places,
-            autoencoder,
+            Autoencoder(module, micro_batch_pixels=_ENCODING_PIXELS),
             size=config.resolution,
             num_views=config.num_views,
             folder=output_dir / "latents",
             progress=progress,
         )
         trainer = _start(config, data, places, device)
-        finished = _loop(trainer, output_dir, progress, deadline=started + config.stop_after_s)
-    if not finished:
-        return None
+        if state is not None:
+            trainer.load_state_dict(state)
+            state = None  # frees the host's memory
+        write_json(output_dir / "config.json", run["config"])
+        if not _loop(trainer, run, output_dir, progress, deadline=started + config.stop_after_s):
+            return None
     folder = output_dir / "model"
     save_model_folder(
         folder,
         network=trainer.ema,
-        autoencoder=Path(config.autoencoder),
+        autoencoder=Path(config.autoencoder_source),
         labels=places.labels,
         name=config.name,
     )
@@ -315,21 +223,25 @@ def _start(config: TrainConfig, data: LatentCache, places: Places, device: torch
         network.scan_backend,
         device,
     )
-    state = load_newest_state(Path(config.output_dir) / "states", device)
-    if state is not None:
-        trainer.load_state_dict(state)
     return trainer
 
 
-def _loop(trainer: Trainer, output_dir: Path, progress: Progress, *, deadline: float) -> bool:
-    """Train to `num_images`; False when the deadline came first. A state is saved on every way out."""
-    config, states = trainer.config, output_dir / "states"
+def _loop(
+    trainer: Trainer, run: dict[str, Any], output_dir: Path, progress: Progress, *, deadline: float
+) -> bool:
+    """Train to `num_images`; False when the deadline came first. `run` is kept in each state."""
+    config = trainer.config
+
+    def save() -> None:
+        save_state(output_dir / "states", trainer.images_seen, trainer.state_dict() | {"run": run})
+
     task = progress.add_task(config.name, total=config.num_images, completed=trainer.images_seen)
     saved_at, logged_at, logged_images = time.monotonic(), time.monotonic(), trainer.images_seen
-    try:
+    with StopRequest() as stop:
         while trainer.images_seen < config.num_images:
             losses = trainer.train_step()
-            if trainer.step % config.log_every == 0 or trainer.images_seen >= config.num_images:
+            finished = trainer.images_seen >= config.num_images
+            if trainer.step % config.log_every == 0 or finished:
                 values = {name: round(float(value), 5) for name, value in losses.items()}
                 now = time.monotonic()
                 speed = (trainer.images_seen - logged_images) / (now - logged_at)
@@ -337,14 +249,20 @@ def _loop(trainer: Trainer, output_dir: Path, progress: Progress, *, deadline: f
                 _log(output_dir / "log.jsonl", trainer, values, speed)
                 note = f"{config.name}  loss {values['loss']:.4f}  {speed:.0f} images/s"
                 progress.update(task, completed=trainer.images_seen, description=note)
-                if now - saved_at > config.state_every_s:
-                    save_state(states, trainer.images_seen, trainer.state_dict())
+                if finished or now > deadline or now - saved_at > config.state_every_s:
+                    save()
                     saved_at = now
-                if now > deadline:
+                if now > deadline and not finished:
                     return False
-        return True
-    finally:
-        save_state(states, trainer.images_seen, trainer.state_dict())
+            if stop.received is not None:
+                save()
+                logger.info(
+                    "%s: stopped after %d images; the same command goes on",
+                    stop.received.name,
+                    trainer.images_seen,
+                )
+                raise SystemExit(stop.exit_code)
+    return True
 
 
 def _log(path: Path, trainer: Trainer, values: dict[str, float], images_per_second: float) -> None:
@@ -361,24 +279,21 @@ def _log(path: Path, trainer: Trainer, values: dict[str, float], images_per_seco
     logger.info("%s", json.dumps(record))
 
 
-def _write_config(config: TrainConfig, path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        old = json.loads(path.read_text(encoding="utf-8"))
-        new = json.loads(json.dumps(dataclasses.asdict(config)))
-        for key in _FIXED_FIELDS:
-            if old.get(key) != new[key]:
-                raise ValueError(
-                    f"{key}: {new[key]!r} given; the run in {path.parent} was started with {old.get(key)!r}, "
-                    "continue with that or choose another output_dir"
-                )
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
+def _require_same_run(config: TrainConfig, run: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """ValueError unless `run` may go on from the state of `earlier`; what it changes is logged."""
+    changes = config.changes_since(earlier["config"])
+    if run["autoencoder"] != earlier["autoencoder"]:
+        raise ValueError(
+            f"autoencoder: {config.autoencoder} with weights {run['autoencoder']} given; the run in "
+            f"{config.output_dir} learns the latents of {earlier['config']['autoencoder']} with weights "
+            f"{earlier['autoencoder']}, continue with those or choose another output_dir"
+        )
+    for name, (before, now) in changes.items():
+        logger.info("%s: %r from here on, %r before", name, now, before)
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+def _fingerprint(module: AutoencoderKL) -> str:
+    """16 hex digits of all that latents depend on: the weights, as stored, and the scaling."""
+    scaling = json.dumps({name: module.config.get(name) for name in _SCALING_FIELDS})
+    weights = Autoencoder(module).weights_hash
+    return hashlib.sha256(f"{weights} {scaling}".encode()).hexdigest()[:16]

@@ -131,7 +131,7 @@ class _Run:
         save_state(self.states, self.images, state)
 
     def _restore(self) -> None:
-        state = load_newest_state(self.states, self.device)
+        state = load_newest_state(self.states)
         if state is None:
             return
         for name, value in asdict(self.config).items():

@@ -107,12 +107,13 @@ class ServedModel:
 
 
 class Catalog:
-    """The loaded models by name, in the order in which they were asked for: the first one is the default."""
+    """The loaded models by name; the default is the one of the smallest resolution, of several the first."""
 
     def __init__(self, models: tuple[ServedModel, ...]) -> None:
         if not models:
             raise ValueError("models: none given; a server needs one or more")
         self.models = models
+        self.default = min(models, key=lambda model: model.pipeline.resolution)
         self._by_name = {model.name: model for model in models}
         if len(self._by_name) != len(models):
             names = ", ".join(model.name for model in models)
@@ -124,7 +125,7 @@ class Catalog:
 
     def accepted(self, name: str | None = None) -> dict[str, str]:
         """What each field may be, for the named model or else the default one."""
-        model = self._by_name.get(name or "", self.models[0])
+        model = self._by_name.get(name or "", self.default)
         resolutions = sorted({model.pipeline.resolution for model in self.models})
         return model.accepted() | {
             "model": _alternatives(sorted(self._by_name)),
@@ -146,7 +147,7 @@ class Catalog:
                 raise InvalidField("resolution", body.resolution, model.accepted()["resolution"])
             return model
         if body.resolution is None:
-            return self.models[0]
+            return self.default
         matching = [model for model in self.models if model.pipeline.resolution == body.resolution]
         if not matching:
             raise InvalidField("resolution", body.resolution, accepted["resolution"], by="this server")

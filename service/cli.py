@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from model.cli import app as model_app
-from service.errors import StartupError
+from service.errors import EngineFailure, StartupError
 from service.settings import load_settings
 
 __all__ = ["app", "main"]
@@ -84,9 +84,9 @@ def serve(
 
         configure_logging(settings.log_level, as_json=settings.log_json)
         run_server(settings)
-    except StartupError as error:
+    except (StartupError, EngineFailure) as error:
         typer.secho(f"lamamba: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(2 if isinstance(error, StartupError) else 1) from error
 
 
 app.registered_commands += model_app.registered_commands

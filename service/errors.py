@@ -18,7 +18,7 @@ ServiceError                   500 internal_error
 |   `-- EngineStopped          503 engine_stopped
 `-- GenerationFailed           500 generation_failed      this request's work failed; others go on
 
-StartupError is never sent: the process ends with exit code 2 and its one line.
+StartupError and EngineFailure are never sent: the process ends with one line and exit code 2 or 1.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 __all__ = [
     "BodyTimeout",
     "Draining",
+    "EngineFailure",
     "EngineStopped",
     "GenerationFailed",
     "InvalidField",
@@ -193,6 +194,10 @@ class GenerationFailed(ServiceError):
 
 class StartupError(Exception):
     """The process cannot start as it was asked to; the message is one line."""
+
+
+class EngineFailure(Exception):
+    """The engine has died while the process served: only another process can go on."""
 
 
 def shown(value: object) -> str:

@@ -19,6 +19,8 @@ import torch
 
 from model.cpu_memory import keep_freed_memory
 from model.cpu_threads import available_cpu_threads
+from model.device import resolve_device
+from model.messages import one_line
 from model.pretrained import PRETRAINED_RESOLUTIONS, default_model_dir
 from service.catalog import Catalog, ServedModel
 from service.engine.engine import Engine
@@ -57,6 +59,9 @@ class Runtime:
         self.metrics = Metrics()
         self.encoders = ThreadPoolExecutor(settings.num_encoders, thread_name_prefix="lamamba-encoder")
         self.failure: StartupError | None = None
+        self.supervised = False
+        """Whether whoever runs the app reports a failed start, as `server.run_server` does: then it is not
+        logged as well."""
         self._given = pipelines
         self._catalog: Catalog | None = None
         self._engine: Engine | None = None
@@ -65,11 +70,16 @@ class Runtime:
     @property
     def state(self) -> RuntimeState:
         """Where the process is now."""
-        if self.failure is not None or (self._engine is not None and not self._engine.alive):
+        if self.failure is not None or self.engine_failure is not None:
             return RuntimeState.FAILED
         if self._draining:
             return RuntimeState.DRAINING
         return RuntimeState.LOADING if self._engine is None else RuntimeState.READY
+
+    @property
+    def engine_failure(self) -> BaseException | None:
+        """What the engine has died of."""
+        return None if self._engine is None else self._engine.failure
 
     @property
     def idle(self) -> bool:
@@ -104,11 +114,11 @@ class Runtime:
             await asyncio.to_thread(self._start)
         except StartupError as error:
             self.failure = error
-            _logger.error("cannot start: %s", error)
+            _logger.log(logging.DEBUG if self.supervised else logging.ERROR, "cannot start: %s", error)
         except (
             Exception
         ) as error:  # a defect of ours: better an end with a trace than a start that never ends
-            self.failure = StartupError(f"internal error: {type(error).__name__}: {_one_line(error)}")
+            self.failure = StartupError(f"internal error: {type(error).__name__}: {one_line(error)}")
             _logger.exception("cannot start")
         else:
             _logger.info("ready after %.1f s", time.monotonic() - started)
@@ -150,7 +160,7 @@ class Runtime:
             engine.start()
         except Exception as error:  # a model that loads and does not run is as bad as one that does not load
             engine.stop()
-            reason = f"{type(error).__name__}: {_one_line(error)}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise StartupError(f"the first image failed: {reason}") from error
         self._catalog, self._engine = catalog, engine
 
@@ -160,9 +170,10 @@ class Runtime:
 
         adopt_library_logs()
         settings = self.settings
-        device = None if settings.device == "auto" else settings.device
-        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            raise StartupError(f"device: {device} given; this machine offers cpu")
+        try:
+            device = resolve_device(None if settings.device == "auto" else settings.device)
+        except ValueError as error:
+            raise StartupError(str(error)) from error
         pipelines: list[ServedPipeline] = []
         for folder in settings.models or _default_models():
             try:
@@ -174,10 +185,10 @@ class Runtime:
                     num_row_threads=settings.num_threads or available_cpu_threads(),
                 )
             except ValueError as error:  # the pipeline's own words, which name the folder
-                raise StartupError(_one_line(error)) from error
+                raise StartupError(one_line(error)) from error
             except Exception as error:  # whatever else a broken folder or a full device makes libraries raise
                 _logger.debug("loading %s failed", folder, exc_info=True)
-                raise StartupError(f"{folder}: {type(error).__name__}: {_one_line(error)}") from error
+                raise StartupError(f"{folder}: {type(error).__name__}: {one_line(error)}") from error
             _logger.info(
                 "loaded %s: %d px, %d classes, on %s in %s, scan backend %s",
                 *(pipeline.name, pipeline.resolution, pipeline.num_classes),
@@ -193,7 +204,3 @@ def _default_models() -> list[Path]:
     if not shipped:
         raise StartupError("models: none given and none shipped; name one by --models or LAMAMBA_MODELS")
     return shipped
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

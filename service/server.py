@@ -3,6 +3,9 @@
 SIGTERM or SIGINT   readiness goes false and new requests get 503, while probes are still answered and
                     accepted work is finished, for at most `drain_timeout_s`; then the process ends with 0
 a second one        ends it at once
+
+A process whose models cannot be loaded, or whose engine has died, fails its liveness, answers what is open
+and ends with an error, so that whoever supervises it starts another.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from model.messages import one_line
 from service.app import create_app
-from service.errors import StartupError
+from service.errors import EngineFailure, StartupError
+from service.runtime import RuntimeState
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -52,6 +57,7 @@ class DrainingServer(uvicorn.Server):
             )
         )
         self._runtime: Runtime = app.state.runtime
+        self._runtime.supervised = True
         self._drain_timeout_s = settings.drain_timeout_s
         self._drain_until: float | None = None
 
@@ -65,7 +71,7 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second: whether the server is to close."""
-        if self._runtime.failure is not None:
+        if self._runtime.state is RuntimeState.FAILED:
             self.should_exit = True
         if self._drain_until is not None and (self._runtime.idle or time.monotonic() > self._drain_until):
             self.should_exit = True
@@ -92,7 +98,11 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def run_server(settings: Settings) -> None:
-    """Serve until a signal. Raises StartupError if a model cannot be loaded or the address is taken."""
+    """Serve until a signal.
+
+    Raises StartupError if a model cannot be loaded or the address is taken, EngineFailure if the engine has
+    died on the way.
+    """
     with bind_socket(settings.host, settings.port) as bound:
         host, port = bound.getsockname()[:2]
         app = create_app(settings)
@@ -101,3 +111,7 @@ def run_server(settings: Settings) -> None:
         runtime: Runtime = app.state.runtime
         if runtime.failure is not None:
             raise runtime.failure
+        if runtime.engine_failure is not None:
+            raise EngineFailure(
+                f"the engine has died: {one_line(runtime.engine_failure)}; the log has its trace"
+            ) from runtime.engine_failure

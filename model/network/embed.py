@@ -72,8 +72,33 @@ class LabelEmbedding(nn.Module):
         return labels
 
 
+def timestep_rows(timestep: Tensor | float, rows: int, device: torch.device) -> Tensor:
+    """A timestep as diffusers' callers give it (a number, a 0-d tensor, one for all rows or one each) as
+    `(rows,)`.
+    """
+    if not isinstance(timestep, Tensor):
+        if not isinstance(timestep, int | float):
+            raise ValueError(f"timestep: a {type(timestep).__name__} given; a number or a tensor is accepted")
+        timestep = torch.tensor(timestep, device=device)
+    if timestep.ndim == 0:
+        return timestep.to(device).expand(rows)
+    if timestep.ndim > 1 or timestep.shape[0] not in (1, rows):
+        raise ValueError(f"timestep: shape {tuple(timestep.shape)} given; a scalar or ({rows},) is accepted")
+    return timestep.expand(rows)
+
+
+def check_latents(latents: Tensor, in_channels: int, patch_size: int) -> None:
+    """Raise ValueError for latents that are not `(B, in_channels, H, W)` with whole patches."""
+    if latents.ndim != 4 or latents.shape[1] != in_channels or any(s % patch_size for s in latents.shape[2:]):
+        sides = f", H and W multiples of {patch_size}" if patch_size > 1 else ""
+        raise ValueError(
+            f"hidden_states: shape {tuple(latents.shape)} given; (B, {in_channels}, H, W){sides} is accepted"
+        )
+
+
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raise ValueError for a label outside 0..num_classes (and 1000, diffusers' null class).
+    """Raise ValueError for a label outside 0..num_classes (and 1000, diffusers' null class; with more classes
+    than that, 1000 is one of them).
 
     On CUDA a check would stop the host at every step: there the embedding's own bounds assertion answers.
     """
@@ -81,9 +106,10 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         return
     wrong = (labels < 0) | ((labels > num_classes) & (labels != DIFFUSERS_NULL_LABEL))
     if bool(wrong.any()):
+        also = f" or {DIFFUSERS_NULL_LABEL}" if num_classes < DIFFUSERS_NULL_LABEL else ""
         raise ValueError(
             f"class_labels: {int(labels[wrong][0])} given; this network accepts 0 to {num_classes - 1}, and "
-            f"{num_classes} or {DIFFUSERS_NULL_LABEL} for the null class"
+            f"{num_classes}{also} for the null class"
         )
 
 

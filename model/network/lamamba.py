@@ -24,8 +24,10 @@ from model.network.embed import (
     PatchEmbed,
     TimestepEmbedding,
     check_labels,
+    check_latents,
     position_table,
     resized_position_table,
+    timestep_rows,
 )
 from model.network.geometry import GridGeometry
 from model.network.resample import AddSkip, ConcatSkip, PatchExpanding, PatchMerging
@@ -156,7 +158,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
     def forward(
         self,
         hidden_states: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | float,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -164,14 +166,17 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
 
         Args:
             hidden_states: noisy latents `(B, in_channels, H, W)`; H and W as `prepare_grid` accepts them.
-            timestep: `(B,)` or a scalar, in the training process' steps 0..999; fractions are allowed.
-            class_labels: `(B,)` int64, 0..num_classes, the last (or diffusers' 1000) being the null class;
-                None is the null class for all rows.
+            timestep: `(B,)` or a scalar, a number or a tensor, in the training process' steps 0..999;
+                fractions are allowed.
+            class_labels: `(B,)` int64, 0..num_classes, the last being the null class, which None means for
+                all rows. Diffusers' null class 1000 means it too in a network of fewer than 1000 classes; in
+                one of more, 1000 is a class like the others.
             return_dict: as everywhere in diffusers.
 
         Returns:
             `sample` `(B, out_channels, H, W)`: eps in the first half, variance logits in the second.
         """
+        check_latents(hidden_states, self.architecture.in_channels, self.architecture.patch_size)
         batch, _, height, width = hidden_states.shape
         if class_labels is None:
             class_labels = torch.full((batch,), self.null_label, device=hidden_states.device)
@@ -180,7 +185,8 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         grids = self._grids(height // self.architecture.patch_size, width // self.architecture.patch_size)
 
         # Embed
-        c = self.timestep_embed(timestep.expand(batch)) + self.label_embed(class_labels)  # (B, C)
+        t = timestep_rows(timestep, batch, hidden_states.device)
+        c = self.timestep_embed(t) + self.label_embed(class_labels)  # (B, C)
         x = self.patch_embed(hidden_states)  # (B, H/p, W/p, D)
         x = x + resized_position_table(self.position_embed, *x.shape[1:3])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from fastapi.exceptions import RequestValidationError
@@ -70,9 +71,15 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         allow = (error.headers or {}).get("Allow")
         message = f"{request.method} {request.url.path}: not allowed; this path accepts {allow}"
         return await _service_error(request, MethodNotAllowed(message, allow=allow))
-    return await _service_error(
-        request, InvalidJSON("body: not readable; a JSON object in UTF-8 is accepted")
-    )
+    return await _service_error(request, _unreadable(error.__cause__))
+
+
+def _unreadable(cause: BaseException | None) -> InvalidJSON:
+    """Why FastAPI could not read a body as JSON, for other reasons than its syntax."""
+    if isinstance(cause, ValueError) and not isinstance(cause, UnicodeError) and "digits" in str(cause):
+        most = sys.get_int_max_str_digits()
+        return InvalidJSON(f"body: a number too long to read given; up to {most} digits are accepted")
+    return InvalidJSON("body: not readable; a JSON object in UTF-8 is accepted")
 
 
 def _translate(request: Request, problems: Any, accepted: Mapping[str, str]) -> RequestError:
@@ -95,11 +102,18 @@ def _translate(request: Request, problems: Any, accepted: Mapping[str, str]) -> 
 
 def _not_an_object(request: Request, problem: Mapping[str, Any]) -> RequestError:
     content_type = request.headers.get("content-type", "")
-    if "json" not in content_type:
+    if not _is_json(content_type):
         shown = content_type or "none"
         return UnsupportedMediaType(f"content-type: {shown} given; this path accepts application/json")
     value = None if problem["type"] == "missing" else problem["input"]
     return InvalidField("body", value, "a JSON object", by="this path")
+
+
+def _is_json(content_type: str) -> bool:
+    media_type = content_type.partition(";")[0].strip().lower()
+    return media_type == "application/json" or (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    )
 
 
 def _model_name(body: object) -> str | None:

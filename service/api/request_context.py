@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["RequestContextMiddleware"]
 
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_QUIET_PATHS = ("/health/", "/metrics")
+_PROBES = "/health/"
+_METRICS = "/metrics"
 
 _logger = logging.getLogger("service.access")
 
@@ -71,6 +72,8 @@ class RequestContextMiddleware:
         route = getattr(scope.get("route"), "path", "none")  # the template, so that its values are few
         self._metrics.requests.labels(route, str(status)).inc()
         path = scope["path"]
-        level = logging.DEBUG if path.startswith(_QUIET_PATHS) and status < 500 else logging.INFO
+        # A probe's 503 is its answer: while models load it would fill the log.
+        quiet = path.startswith(_PROBES) or (path == _METRICS and status < 500)
+        level = logging.DEBUG if quiet else logging.INFO
         facts = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
         _logger.log(level, "%(method)s %(path)s %(status)d in %(seconds).3f s", facts, extra=facts)

@@ -38,7 +38,7 @@ class GenerateRequest(BaseModel):
         None, description="Classifier-free guidance; 1 turns it off. Default: the model's own."
     )
     resolution: int | None = Field(
-        None, description="Pixels a side, which picks the model. Default: the first model's."
+        None, description="Pixels a side, which picks the model. Default: the smallest."
     )
     model: str | None = Field(
         None, max_length=_MAX_TEXT, description="Model id; needed only where two have the same resolution."

@@ -70,9 +70,9 @@ class Decoder:
         *,
         max_batch: int = _MAX_BATCH,
     ) -> None:
+        self.max_batch = max_batch
         self._pipelines = pipelines
         self._listener = listener
-        self._max_batch = max_batch
         self._inbox: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._pending: deque[_Item] = deque()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -122,7 +122,7 @@ class Decoder:
                 break
             self._pending.append(item)
         batch: list[_Item] = []
-        while self._pending and len(batch) < self._max_batch:
+        while self._pending and len(batch) < self.max_batch:
             if batch and self._pending[0].model != batch[0].model:
                 break
             batch.append(self._pending.popleft())

@@ -145,6 +145,11 @@ class Engine:
         return self._failure is None and not self._stopping
 
     @property
+    def failure(self) -> BaseException | None:
+        """What one of the threads has died of."""
+        return self._failure
+
+    @property
     def idle(self) -> bool:
         """Whether every accepted request is answered."""
         return not self._tickets
@@ -179,7 +184,7 @@ class Engine:
     def _run_forever(self) -> None:
         try:
             for runner in self._runners.values():
-                runner.warm_up()
+                runner.warm_up(decode_batch=self._decoder.max_batch)
             self._warm.set()
             while not self._stopping:
                 if not self.step():

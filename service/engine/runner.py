@@ -49,6 +49,7 @@ class Runner:
         with torch.inference_mode():
             self._latents = torch.zeros(shape, device=self._device)  # (S, C, H, W)
             self._history = torch.zeros(shape, device=self._device)  # (S, C, H, W)
+        self._all_sizes = self._device.type == "cuda"
         self._step_done: torch.cuda.Event | None = None
 
     @torch.inference_mode()
@@ -72,28 +73,40 @@ class Runner:
         return FinishedLatents(jobs=tuple(jobs), latents=latents, ready=self._record_event())
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Run one guided image through network and decoder, so that no request pays for what is lazy.
+    def warm_up(self, *, decode_batch: int) -> None:
+        """Run images through network and decoder, so that no request pays for what is lazy.
 
-        Raises whatever that raises, and ArithmeticError for weights that give no finite numbers.
+        On CUDA also at the other ends of what a step can be (`_warm_up_steps`) and at the decoder's batch
+        size. Raises whatever that raises, and ArithmeticError for weights that give no finite numbers.
         """
         pipeline = self._pipeline
-        latents = torch.zeros((1, *pipeline.latent_shape), device=self._device)  # (1, C, H, W)
-        table = sampler_table("dpm++", 1, pipeline.schedule)
+        steps = _warm_up_steps(
+            len(self._latents), conditional=pipeline.num_classes > 0, all_ends=self._all_sizes
+        )
+        for num_images, guided in steps:
+            latents = self._warm_up_step(num_images, guided=guided)
+            if not torch.isfinite(latents).all():
+                raise ArithmeticError(f"{pipeline.name} computes values that are not finite")
+        for num_images in (1, decode_batch) if self._all_sizes else (1,):
+            pipeline.decode(torch.zeros((num_images, *pipeline.latent_shape), device=self._device))
+
+    def _warm_up_step(self, num_images: int, *, guided: bool) -> Tensor:
+        """The latents `(num_images, C, H, W)` after a step of that many images of class 0."""
+        zeros = self._int64([0] * num_images)
+        noise = gaussian_noise(zeros, zeros, zeros, self._pipeline.latent_shape)  # (n, C, H, W)
+        table = sampler_table("ddpm", 1, self._pipeline.schedule)
         batch = StepBatch(
-            latents=latents,
-            history=latents,
-            timesteps=table.timesteps.to(self._device),
-            coefficients=table.coefficients.to(self._device),
-            class_labels=self._int64([0]),
-            guidance_scale=torch.full((1,), 2.0, device=self._device),
-            guided=self._int64([0] if pipeline.num_classes else []),
-            noise=None,
+            latents=noise,
+            history=torch.zeros_like(noise),
+            timesteps=table.timesteps.to(self._device).expand(num_images),
+            coefficients=table.coefficients.to(self._device).expand(num_images, -1),
+            class_labels=zeros,
+            guidance_scale=torch.full((num_images,), 2.0 if guided else 1.0, device=self._device),
+            guided=self._int64(range(num_images) if guided else []),
+            noise=noise,
         )
         latents, _ = self._denoise(batch)
-        if not torch.isfinite(latents).all():
-            raise ArithmeticError(f"{pipeline.name} computes values that are not finite")
-        pipeline.decode(latents)
+        return latents
 
     def _batch(self, jobs: Sequence[ImageJob], latents: Tensor, history: Tensor) -> StepBatch:
         tables = [self._table(job) for job in jobs]
@@ -165,3 +178,14 @@ class Runner:
         before, self._step_done = self._step_done, self._record_event()
         if before is not None:
             before.synchronize()
+
+
+def _warm_up_steps(max_rows: int, *, conditional: bool, all_ends: bool) -> list[tuple[int, bool]]:
+    """The steps (images, guided) that a model is warmed up with.
+
+    Kernels are chosen by the number of rows, with thresholds that differ from layer to layer, and compiled
+    at their first use: what is chosen anywhere is chosen at the fewest rows or at the most.
+    """
+    guided = [(1, True), (max_rows // 2, True)] if conditional and max_rows > 1 else []
+    steps = [*guided, (1, False), (max_rows, False)]
+    return list(dict.fromkeys(steps)) if all_ends else steps[:1]

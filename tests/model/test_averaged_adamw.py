@@ -21,12 +21,18 @@ def _parameters(device: str = "cpu") -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in SHAPES]
 
 
-def _optimizer(parameters: list[Tensor], *, captured: bool = False) -> AveragedAdamW:
+def _optimizer(
+    parameters: list[Tensor],
+    *,
+    captured: bool = False,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.01,
+) -> AveragedAdamW:
     return AveragedAdamW(
         parameters,
         [parameter.detach().clone() for parameter in parameters],
-        betas=(0.9, 0.99),
-        weight_decay=0.01,
+        betas=betas,
+        weight_decay=weight_decay,
         max_grad_norm=1.0,
         average_decay=0.3,
         captured=captured,
@@ -68,13 +74,14 @@ def test_step_skips_gradients_that_are_not_finite() -> None:
     _set_gradients(parameters, 0)
     optimizer.schedule(learning_rate=0.1, step=0)
     optimizer.step()
-    before = [tensor.clone() for tensor in (*parameters, *optimizer.state_dict()["state"][0].values())]
+    kept = (*parameters, *optimizer.average, *optimizer.state_dict()["state"][0].values())
+    assert not torch.equal(optimizer.average[0], parameters[0])  # so that the average has somewhere to go
+    before = [tensor.clone() for tensor in kept]
     _set_gradients(parameters, 1)
     assert parameters[1].grad is not None
     parameters[1].grad[2] = torch.inf
     optimizer.step()
-    after = (*parameters, *optimizer.state_dict()["state"][0].values())
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
     assert [float(optimizer.skipped), float(optimizer.skipped_steps)] == [1, 1]
     _set_gradients(parameters, 2)
     optimizer.step()
@@ -118,6 +125,31 @@ def test_load_state_dict_keeps_the_device_scalars(captured: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
     assert again.state_dict()["state"][0]["step"] == 2
     assert again.state_dict()["param_groups"][0]["capturable"] is captured
+
+
+def test_load_state_dict_keeps_the_settings_and_takes_the_count() -> None:
+    """A resumed run with other settings is, but for the moments, a run with these settings."""
+    parameters = _parameters()
+    saved = _optimizer(parameters)
+    saved.schedule(learning_rate=0.1, step=0)
+    for step in range(3):
+        _set_gradients(parameters, step)
+        if step == 1:
+            assert parameters[0].grad is not None
+            parameters[0].grad.fill_(torch.nan)
+        saved.step()
+    again = _optimizer(parameters, betas=(0.5, 0.75), weight_decay=0.5)
+    again.load_state_dict(saved.state_dict())
+    assert again.skipped_steps == 1
+    group = again.state_dict()["param_groups"][0]
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.75), 0.5)
+
+    again.schedule(learning_rate=0.1, step=2)
+    moment = again.state_dict()["state"][0]["exp_avg"].clone()
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    again.step()
+    torch.testing.assert_close(again.state_dict()["state"][0]["exp_avg"], 0.5 * moment)
 
 
 @pytest.mark.gpu

@@ -13,8 +13,9 @@ from torch import Tensor
 from model.diffusion import NoiseSchedule
 from model.diffusion.samplers import diffusers_scheduler_config, sampler_table
 from model.diffusion.step import StepBatch, denoise_step
+from model.model_folder import save_model_folder
 from model.network.lamamba import LaMambaDiff
-from model.pipeline import LaMambaPipeline, save_model_folder
+from model.pipeline import LaMambaPipeline
 
 STEPS = 8  # divides 1000: with others diffusers' DDIM steps to another noise level than its next timestep has
 GUIDANCE_SCALE = 3.0

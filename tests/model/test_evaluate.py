@@ -18,8 +18,9 @@ from model.evaluate import Evaluation
 from model.evaluation.command import evaluate_command
 from model.evaluation.config import EvaluationConfig
 from model.evaluation.sources import balanced_view_ids, sampled_images, views
+from model.model_folder import save_model_folder
 from model.network.lamamba import LaMambaDiff
-from model.pipeline import LaMambaPipeline, save_model_folder
+from model.pipeline import LaMambaPipeline
 
 LABELS = ("red", "blue")
 

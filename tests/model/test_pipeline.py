@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiTPipeline
 
+from model.model_folder import save_model_folder
 from model.network.lamamba import LaMambaDiff
-from model.pipeline import LaMambaPipeline, save_model_folder
+from model.pipeline import LaMambaPipeline
 
 LABELS = ("red barn", "blue house", "green hill")
 
@@ -111,6 +113,7 @@ def test_class_index_takes_numbers_and_names(pipeline: LaMambaPipeline, name: in
     [
         (3, "class_id: 3 given; this model accepts 0 to 2"),
         (-1, "class_id: -1 given; this model accepts 0 to 2"),
+        ("\u0663", "the nearest of 3 classes are"),
         ("blue horse", "the nearest of 3 classes are 'blue house'"),
     ],
     ids=repr,
@@ -137,6 +140,23 @@ def _rename_label(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
+def _edit_index(**entries: object) -> object:
+    def edit(folder: Path) -> None:
+        path = folder / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    return edit
+
+
+def _empty_index(folder: Path) -> None:
+    (folder / "model_index.json").write_text("{}")
+
+
+def _truncate_autoencoder(folder: Path) -> None:
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
 def _widen(folder: Path) -> None:
     path = folder / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 16}))
@@ -148,11 +168,46 @@ def _widen(folder: Path) -> None:
         (_drop("model_index.json"), "model_index.json cannot be read"),
         (_drop("transformer/config.json"), "the network cannot be loaded"),
         (_drop("vae/diffusion_pytorch_model.safetensors"), "autoencoder: "),
-        (_truncate, "the network cannot be loaded"),
+        (
+            _truncate,
+            "transformer: the network cannot be loaded: diffusion_pytorch_model.safetensors is damaged",
+        ),
+        (_truncate_autoencoder, "vae: the autoencoder cannot be loaded: .* is damaged: .* header"),
+        (_empty_index, "not a model folder, model_index.json has no _class_name, transformer, vae"),
+        (_edit_index(lamamba=[]), r"lamamba: \[\] given; an object is accepted"),
+        (_edit_index(lamamba={"name": 3}), "lamamba.name: 3 given; a name is accepted"),
+        (
+            _edit_index(lamamba={"guidance_scale": 50}),
+            "lamamba.guidance_scale: 50 given; 1 to 20 is accepted",
+        ),
+        (_edit_index(lamamba={"guidance_scale": "2"}), 'lamamba.guidance_scale: "2" given; 1 to 20'),
+        (_edit_index(lamamba={"guidance_scale": float("nan")}), "lamamba.guidance_scale: NaN given"),
+        (_edit_index(lamamba={"guidance_channels": "x"}), 'lamamba.guidance_channels: "x" given; null or'),
+        (_edit_index(lamamba={"guidance_channels": 5}), "lamamba.guidance_channels: 5 given; null or 1 to 4"),
+        (_edit_index(id2label=["a", "b", "c"]), r'id2label: \["a", "b", "c"\] given; an object'),
+        (_edit_index(id2label={"0": 1}), "id2label.0: 1 given; a name is accepted"),
         (_widen, "the network cannot be loaded"),
         (_rename_label, "model_index.json labels 3 classes"),
     ],
-    ids=["no-index", "no-config", "no-vae", "truncated", "mismatch", "labels"],
+    ids=[
+        "no-index",
+        "no-config",
+        "no-vae",
+        "truncated",
+        "truncated-vae",
+        "empty-index",
+        "lamamba",
+        "name",
+        "scale",
+        "scale-text",
+        "scale-nan",
+        "channels",
+        "channels-many",
+        "labels-list",
+        "label-number",
+        "mismatch",
+        "labels",
+    ],
 )
 def test_load_refuses_a_damaged_folder_in_one_line(
     folder: Path, tmp_path: Path, damage: object, message: str
@@ -163,8 +218,48 @@ def test_load_refuses_a_damaged_folder_in_one_line(
     with pytest.raises(ValueError, match=message) as caught:
         LaMambaPipeline.load(copy, device="cpu")
     assert "\n" not in str(caught.value)
+    assert str(copy) in str(caught.value)
 
 
 def test_load_refuses_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such model folder"):
         LaMambaPipeline.load(tmp_path / "absent")
+
+
+def test_load_needs_no_scheduler_which_diffusers_alone_reads(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(copy / "scheduler")
+    assert LaMambaPipeline.load(copy, device="cpu").labels == LABELS
+
+
+def test_load_leaves_the_libraries_logging_as_it_was_and_lets_them_repeat_nothing(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    level = logging.getLogger("diffusers").level
+    with pytest.raises(ValueError, match="the network cannot be loaded"):
+        LaMambaPipeline.load(copy, device="cpu")
+    assert (caplog.text, *capfd.readouterr()) == ("", "", "")
+    assert logging.getLogger("diffusers").level == level
+
+
+def test_load_refuses_a_device_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(ValueError, match="device: 'bogus' given; cpu, cuda or cuda:N is accepted"):
+        LaMambaPipeline.load(folder, device="bogus")
+
+
+@pytest.mark.parametrize("label", [-1, 4, 1000, 1.5], ids=str)
+def test_generate_refuses_labels_before_anything_runs(pipeline: LaMambaPipeline, label: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"class_labels: {label} given; this model accepts 0 to 2, and 3 for"
+    ):
+        pipeline.generate([0, label], seeds=[1, 2], progress=lambda steps: pytest.fail("it ran"))
+
+
+def test_generate_takes_the_null_label_and_as_many_seeds_as_labels(pipeline: LaMambaPipeline) -> None:
+    assert pipeline.generate([3], seeds=[1], num_inference_steps=1).shape == (1, 16, 16, 3)
+    with pytest.raises(ValueError, match="seeds: 1 given; one a label, 2, is accepted"):
+        pipeline.generate([0, 1], seeds=[1])
+    with pytest.raises(ValueError, match="class_labels: none given"):
+        pipeline.generate([], seeds=[])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from model.recipes import load_recipe, recipe_names
-from model.train import TrainConfig
+from model.train_config import TrainConfig
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -14,6 +14,7 @@ def test_load_recipe_of_every_packaged_recipe_is_a_valid_run(name: str) -> None:
     architecture = config.network_config(num_classes=21, downsampling=8, in_channels=4)
     assert architecture.sample_size * 8 == config.resolution
     assert architecture.num_classes == 21
+    assert (Path(config.autoencoder_source) / "config.json").is_file()  # trains on a clean clone
 
 
 def test_load_recipe_applies_overrides_with_their_types() -> None:

@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import itertools
 import json
+import logging
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from model.autoencoder import Autoencoder
+from model.averaged_adamw import AveragedAdamW
 from model.data.latents import LatentCache
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
 from model.pipeline import LaMambaPipeline
-from model.train import TrainConfig, Trainer, train
+from model.train import Trainer, train
+from model.train_config import TrainConfig
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Relative, of losses and of the weights' change over five steps: bf16 roundings that fall differently. Other
@@ -104,7 +108,8 @@ def test_a_step_with_non_finite_gradients_changes_nothing(
     original = Trainer._mean_losses
 
     def poisoned(self: Trainer, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        steps.append({name: value.clone() for name, value in self.network.state_dict().items()})
+        weights = [*self.network.state_dict().items(), *self.ema.state_dict(prefix="ema.").items()]
+        steps.append({name: value.clone() for name, value in weights})
         loss, mse, vb = original(self, *args)
         return (loss * torch.nan if len(steps) == 2 else loss), mse, vb
 
@@ -213,25 +218,95 @@ def test_train_refuses_to_mix_two_runs(make_config: Callable[..., TrainConfig]) 
         train(make_config("mixed", batch_size=4), device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"batch_size": 0}, "batch_size: 0 given; at least 1 is accepted"),
-        ({"learning_rate": -1.0}, "learning_rate: -1.0 given; more than 0 is accepted"),
-        ({"ema_decay": 1.0}, "ema_decay: 1.0 given; 0 to below 1 is accepted"),
-        ({"learning_rate_schedule": "step"}, "constant or cosine is accepted"),
-        ({"compile": False}, "compile: False given; one of none, block, full is accepted"),
-        ({"epochs": 3}, "epochs: unknown field"),
-    ],
-    ids=["batch", "rate", "ema", "schedule", "compile", "unknown"],
-)
-def test_train_config_refuses(
-    make_config: Callable[..., TrainConfig], fields: dict[str, Any], message: str
+def test_train_takes_other_optimizer_settings_on_resume(
+    make_config: Callable[..., TrainConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_config("refused", **fields)
+    weights = {}
+    for decay in (0.0, 5.0):
+        train(make_config(f"decay {decay}", num_images=8), device="cpu")
+        with caplog.at_level(logging.INFO):
+            train(make_config(f"decay {decay}", num_images=16, weight_decay=decay), device="cpu")
+        weights[decay] = _weights(make_config(f"decay {decay}"))
+    assert weights[0.0] != weights[5.0]
+    assert caplog.text.count("weight_decay: 5.0 from here on, 0.0 before") == 1
 
 
-def test_train_config_names_a_missing_field() -> None:
-    with pytest.raises(ValueError, match="output_dir: missing"):
-        TrainConfig.from_dict({"name": "x", "autoencoder": "a", "resolution": 128})
+def test_train_refuses_another_autoencoder(
+    make_config: Callable[..., TrainConfig], autoencoder: Path, tmp_path: Path
+) -> None:
+    train(make_config("vae", num_images=8), device="cpu")
+    same, other, scaled = tmp_path / "same", tmp_path / "other", tmp_path / "scaled"
+    module = AutoencoderKL.from_pretrained(autoencoder, low_cpu_mem_usage=False)
+    module.save_pretrained(same)
+    module.register_to_config(scaling_factor=0.5)
+    module.save_pretrained(scaled)
+    with torch.no_grad():
+        module.encoder.conv_in.weight.mul_(1.5)
+    module.register_to_config(scaling_factor=0.18215)
+    module.save_pretrained(other)
+    for folder in (other, scaled):
+        with pytest.raises(ValueError, match=r"autoencoder: .* given; the run in .* learns the latents of"):
+            train(make_config("vae", autoencoder=str(folder)), device="cpu")
+    assert train(make_config("vae", num_images=16, autoencoder=str(same)), device="cpu") is not None
+
+
+def test_a_run_that_never_started_fixes_nothing(
+    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("failed", resolution=48, autoencoder="absent", num_images=8)
+    with pytest.raises(ValueError, match="autoencoder: absent given"):
+        train(config, device="cpu")
+    assert not Path(config.output_dir).exists()
+
+    def out_of_memory(_: Trainer) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as context:
+        context.setattr(Trainer, "train_step", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(make_config("failed", batch_size=16), device="cpu")
+    assert train(make_config("failed", num_images=8), device="cpu") is not None
+
+
+def test_a_fault_is_not_hidden_by_saving(
+    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a device fault its memory cannot be read: saving would raise another error."""
+
+    def fault(_: Trainer) -> None:
+        monkeypatch.setattr(Trainer, "state_dict", fault)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Trainer, "train_step", fault)
+    config = make_config("fault")
+    with pytest.raises(RuntimeError, match="illegal memory access") as caught:
+        train(config, device="cpu")
+    assert caught.value.__context__ is None
+    assert not (Path(config.output_dir) / "states").exists()
+
+
+@pytest.mark.parametrize("log_every", [1, 1000], ids=["at-a-log-line", "between-log-lines"])
+def test_an_interrupt_saves_the_whole_step(
+    make_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    log_every: int,
+) -> None:
+    straight, broken = make_config("straight"), make_config("broken", log_every=log_every)
+    train(straight, device="cpu")
+    original = AveragedAdamW.step
+
+    def interrupted(self: AveragedAdamW) -> torch.Tensor:
+        norm = original(self)
+        signal.raise_signal(signal.SIGINT)  # the weights have moved, their images are not counted
+        return norm
+
+    with monkeypatch.context() as context, caplog.at_level(logging.INFO):
+        context.setattr(AveragedAdamW, "step", interrupted)
+        with pytest.raises(SystemExit) as caught:
+            train(broken, device="cpu")
+    assert caught.value.code == 130
+    assert "SIGINT: stopped after 8 images; the same command goes on" in caplog.text
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(broken, device="cpu") is not None
+    assert _weights(broken) == _weights(straight)

@@ -78,9 +78,7 @@ def test_train_stopped_and_resumed_equals_straight(tmp_path: Path, monkeypatch: 
     assert {k: v for k, v in resumed.items() if k not in timing} == {
         k: v for k, v in straight.items() if k not in timing
     }
-    states = [
-        load_newest_state(tmp_path / name / "states", torch.device("cpu")) for name in ("straight", "resumed")
-    ]
+    states = [load_newest_state(tmp_path / name / "states") for name in ("straight", "resumed")]
     averages = [state["average"] for state in states if state is not None]
     assert len(averages) == 2
     assert all(torch.equal(a, b) for a, b in zip(*averages, strict=True))

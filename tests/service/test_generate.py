@@ -349,3 +349,44 @@ def test_docs_version_and_root(client: TestClient) -> None:
     assert client.get("/", follow_redirects=False).headers["location"] == "docs"
     schema = client.get("/openapi.json").json()
     assert {"/generate", "/v1/models", "/health/live", "/health/ready", "/metrics"} <= set(schema["paths"])
+
+
+def test_a_number_too_long_to_read_is_named_as_that(client: TestClient) -> None:
+    answer = client.post(
+        "/generate",
+        content='{"class_id": 0, "num_images": ' + "9" * 5000 + "}",
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == (
+        "body: a number too long to read given; up to 4300 digits are accepted"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("text/json", 415),
+        ("application/xjson", 415),
+        ("application/json; charset=utf-8", 200),
+        ("application/vnd.api+json", 200),
+    ],
+)
+def test_json_is_application_json_or_a_type_made_of_it(
+    client: TestClient, content_type: str, status: int
+) -> None:
+    answer = client.post(
+        "/generate", content='{"class_id": 0, "steps": 1}', headers={"content-type": content_type}
+    )
+    assert answer.status_code == status, answer.text
+
+
+def test_a_digit_of_another_script_is_no_class_id(client: TestClient) -> None:
+    answer = client.post("/generate", json={"class_id": "\u0663", "steps": 1})
+    assert (answer.status_code, answer.json()["error"]["field"]) == (422, "class_id")
+
+
+def test_without_a_resolution_the_smallest_is_taken(client_of: ClientFactory) -> None:
+    client = client_of(fake_pipeline("fake-32", resolution=32), fake_pipeline())
+    answer = client.post("/generate", json={"class_id": 0, "steps": 1})
+    assert (answer.json()["model"], answer.json()["resolution"]) == ("fake-16", 16)

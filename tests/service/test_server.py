@@ -20,7 +20,7 @@ from PIL import Image
 
 from model.pipeline import LaMambaPipeline
 from service.app import create_app
-from service.errors import StartupError
+from service.errors import EngineFailure, StartupError
 from service.runtime import Runtime
 from service.server import DrainingServer, bind_socket, run_server
 from service.settings import Settings
@@ -299,3 +299,42 @@ def test_a_taken_port_is_one_line() -> None:
 def test_a_model_that_cannot_be_loaded_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match="no-such-folder: no such model folder"):
         run_server(Settings(port=0, models=("./no-such-folder",)))
+
+
+def test_a_dead_engine_answers_what_is_open_and_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = fake_pipeline()
+    app = create_app(Settings(port=0), (pipeline,))
+    monkeypatch.setattr("service.server.create_app", lambda settings: app)
+    answers: list[httpx.Response] = []
+
+    def die() -> None:
+        raise SystemExit("the device is lost")
+
+    async def serve(server: DrainingServer, sockets: list[socket.socket]) -> None:
+        serving = asyncio.create_task(server.serve(sockets=sockets))
+        while not server.started:  # noqa: ASYNC110 - uvicorn offers no event
+            await asyncio.sleep(0.001)
+        pipeline.network.before_call = die  # type: ignore[attr-defined]
+        url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/generate"
+        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+            answers.append(await client.post(url, json=BODY))
+        await asyncio.wait_for(serving, TIMEOUT_S)
+
+    monkeypatch.setattr(DrainingServer, "run", lambda server, sockets: asyncio.run(serve(server, sockets)))
+    with pytest.raises(EngineFailure, match="the engine has died: the device is lost"):
+        run_server(Settings(port=0))
+    assert [answer.status_code for answer in answers] == [503]
+
+
+def test_probes_that_answer_503_are_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = fake_pipeline()
+    pipeline.network.failing_label = 0  # type: ignore[attr-defined]
+    app = create_app(Settings(), (pipeline,))
+
+    async def talk(client: httpx.AsyncClient) -> list[int]:
+        return [(await client.get(path)).status_code for path in ("/health/ready", "/health/live", "/absent")]
+
+    with caplog.at_level("DEBUG", logger="service.access"):
+        assert asyncio.run(with_client(app, talk)) == [503, 503, 404]
+    levels = [record.levelname for record in caplog.records if record.name == "service.access"]
+    assert levels == ["DEBUG", "DEBUG", "INFO"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from model.network.embed import (
     position_table,
     resized_position_table,
     sinusoid,
+    timestep_rows,
 )
 
 
@@ -101,3 +103,30 @@ def test_check_labels_names_the_label_and_the_range(label: int) -> None:
 
 def test_check_labels_lets_an_unconditional_network_ignore_them() -> None:
     check_labels(torch.tensor([-3, 12]), 0)
+
+
+@pytest.mark.parametrize(
+    "timestep", [5, 5.0, torch.tensor(5), torch.tensor([5]), torch.tensor([5, 5, 5])], ids=repr
+)
+def test_timestep_rows_takes_what_diffusers_callers_give(timestep: torch.Tensor | float) -> None:
+    assert timestep_rows(timestep, 3, torch.device("cpu")).tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("timestep", "message"),
+    [
+        (torch.zeros(2), r"timestep: shape \(2,\) given; a scalar or \(3,\) is accepted"),
+        (torch.zeros(3, 1), r"timestep: shape \(3, 1\) given"),
+        ("5", "timestep: a str given; a number or a tensor is accepted"),
+    ],
+    ids=["length", "axes", "text"],
+)
+def test_timestep_rows_refuses_with_what_is_accepted(timestep: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timestep_rows(timestep, 3, torch.device("cpu"))
+
+
+def test_with_more_than_1000_classes_label_1000_is_a_class_and_not_named_as_null() -> None:
+    check_labels(torch.tensor([1000, 2000]), 2000)
+    with pytest.raises(ValueError, match="2001 given; this network accepts 0 to 1999, and 2000 for the null"):
+        check_labels(torch.tensor([2001]), 2000)

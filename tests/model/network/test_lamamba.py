@@ -241,3 +241,17 @@ def test_a_network_on_the_meta_device_has_shapes_and_no_memory() -> None:
         sample = network(torch.empty(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64)).sample
     assert sample.is_meta
     assert sample.shape == (2, 8, 8, 8)
+
+
+def test_forward_takes_a_number_as_timestep() -> None:
+    network = network_with_effects()
+    latents, _, labels = inputs()
+    expected = network(latents, torch.full((3,), 7), labels).sample
+    for timestep in (7, 7.0, torch.tensor(7)):
+        assert torch.equal(network(latents, timestep, labels).sample, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (4, 8, 8)], ids=str)
+def test_forward_refuses_latents_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"hidden_states: shape \(.*\) given; \(B, 4, H, W\) is accepted"):
+        network_with_effects()(torch.zeros(shape), 7)

@@ -1,0 +1,281 @@
+"""What is in a model's folder: reading it, checking it, writing it.
+
+The folder has diffusers' pipeline layout, so `DiTPipeline.from_pretrained` reads it too once LaMambaDiff is
+imported:
+
+    model_index.json   DiTPipeline's index with id2label, and our own entries under "lamamba"
+    transformer/       LaMambaDiff
+    vae/               AutoencoderKL
+    scheduler/         the configuration of a DPMSolverMultistepScheduler, for diffusers alone
+
+What cannot be read or does not fit is a ValueError of one line that names the folder and the cause.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from model.autoencoder import Autoencoder
+from model.diffusion.samplers import diffusers_scheduler_config
+from model.diffusion.schedule import NoiseSchedule
+from model.limits import GUIDANCE_SCALE_RANGE
+from model.messages import one_line
+from model.network.lamamba import LaMambaDiff
+
+__all__ = [
+    "DEFAULT_GUIDANCE_SCALE",
+    "ModelIndex",
+    "load_autoencoder",
+    "load_network",
+    "local_folder",
+    "moved_network",
+    "read_model_index",
+    "save_model_folder",
+    "weights_hash",
+    "write_json",
+    "write_model_index",
+]
+
+DEFAULT_GUIDANCE_SCALE = 2.5
+_LAMAMBA_KEY = "lamamba"
+_REQUIRED_ENTRIES = ("_class_name", "transformer", "vae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIndex:
+    """What model_index.json says that diffusers' parts do not say themselves."""
+
+    folder: Path
+    name: str
+    guidance_scale: float
+    guidance_channels: int | None
+    id2label: Mapping[str, str] | None
+
+    def labels(self, num_classes: int) -> tuple[str, ...]:
+        """The names of the network's classes, "class 0" and so on where the index has none."""
+        names = self.id2label or {str(i): f"class {i}" for i in range(num_classes)}
+        if set(names) != {str(i) for i in range(num_classes)}:
+            raise ValueError(
+                f"{self.folder}: model_index.json labels {len(names)} classes; the network has {num_classes}"
+            )
+        return tuple(names[str(i)] for i in range(num_classes))
+
+    def check_guidance_channels(self, in_channels: int) -> None:
+        """Refuse to guide more channels than the network's latents have."""
+        if self.guidance_channels is not None and self.guidance_channels > in_channels:
+            raise _wrong_entry(
+                self.folder,
+                "lamamba.guidance_channels",
+                self.guidance_channels,
+                f"null or 1 to {in_channels}",
+            )
+
+
+def local_folder(folder: Path | str) -> Path:
+    """The folder itself, or the local copy of a hub id's."""
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+        raise ValueError(f"{folder}: no such model folder")
+    try:
+        with _quiet_libraries():
+            return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except Exception as error:  # the hub's client raises its own errors and those of what it stands on
+        raise ValueError(
+            f"{folder}: neither a folder nor a model that the hub gives ({one_line(error)})"
+        ) from error
+
+
+def read_model_index(path: Path) -> ModelIndex:
+    """Read and check model_index.json of the folder `path`."""
+    try:
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not a model folder, model_index.json cannot be read ({one_line(error)})"
+        ) from error
+    if not isinstance(index, dict):
+        raise ValueError(f"{path}: not a model folder, model_index.json is not an object")
+    missing = [entry for entry in _REQUIRED_ENTRIES if entry not in index]
+    if missing:
+        raise ValueError(f"{path}: not a model folder, model_index.json has no {', '.join(missing)}")
+    own = index.get(_LAMAMBA_KEY, {})
+    if not isinstance(own, dict):
+        raise _wrong_entry(path, _LAMAMBA_KEY, own, "an object")
+    name = own.get("name", path.resolve().name)
+    if not isinstance(name, str) or not name.strip():
+        raise _wrong_entry(path, "lamamba.name", name, "a name")
+    scale = own.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)
+    low, high = GUIDANCE_SCALE_RANGE
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not low <= scale <= high:
+        raise _wrong_entry(path, "lamamba.guidance_scale", scale, f"{low:g} to {high:g}")
+    channels = own.get("guidance_channels")
+    if channels is not None and (type(channels) is not int or channels < 1):
+        raise _wrong_entry(path, "lamamba.guidance_channels", channels, "null or a number of latent channels")
+    return ModelIndex(
+        folder=path,
+        name=name,
+        guidance_scale=float(scale),
+        guidance_channels=channels,
+        id2label=_checked_id2label(path, index.get("id2label")),
+    )
+
+
+def load_network(folder: Path | str) -> LaMambaDiff:
+    """The network of a model folder (or of its transformer/ folder) in fp32 on the CPU.
+
+    Raises ValueError, one line, for weights that are missing, damaged or not those of their configuration.
+    """
+    path = Path(folder)
+    path = path / "transformer" if (path / "transformer").is_dir() else path
+    try:
+        _check_weight_files(path)
+        with _quiet_libraries():
+            loaded: Any = LaMambaDiff.from_pretrained(
+                path,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{path}: the network cannot be loaded: {one_line(error)}") from error
+    network, info = loaded
+    wrong = sorted(str(key) for keys in info.values() for key in keys)
+    if wrong:
+        raise ValueError(
+            f"{path}: the network cannot be loaded: {len(wrong)} weights do not fit its configuration, "
+            f"{', '.join(wrong[:3])} among them"
+        )
+    return cast(LaMambaDiff, network)
+
+
+def load_autoencoder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+    """The autoencoder of a model folder."""
+    path = folder / "vae"
+    try:
+        _check_weight_files(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: the autoencoder cannot be loaded: {one_line(error)}") from error
+    with _quiet_libraries():
+        return Autoencoder.load(path, device=device, dtype=dtype)
+
+
+def moved_network(network: LaMambaDiff, **where: Any) -> LaMambaDiff:
+    """`network.to(**where)` by torch's own method.
+
+    diffusers' wrapper warns at each cast of modules that the network does not have.
+    """
+    nn.Module.to(network, **where)
+    return network
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of the network's weight files, the first 12 hex digits."""
+    digest = hashlib.sha256()
+    for path in sorted((folder / "transformer").glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def save_model_folder(
+    folder: Path,
+    *,
+    network: LaMambaDiff,
+    autoencoder: Path,
+    labels: Sequence[str],
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+) -> None:
+    """Write `network` (rounded to `dtype`), a copy of the autoencoder's folder and the labels as a model
+    folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rounded = LaMambaDiff(**dataclasses.asdict(network.architecture))
+    rounded.load_state_dict(network.state_dict())
+    moved_network(rounded, dtype=dtype).save_pretrained(folder / "transformer", safe_serialization=True)
+    shutil.copytree(autoencoder, folder / "vae", dirs_exist_ok=True)
+    scheduler = folder / "scheduler"
+    scheduler.mkdir(exist_ok=True)
+    write_json(scheduler / "scheduler_config.json", diffusers_scheduler_config(NoiseSchedule.linear()))
+    write_model_index(folder, labels=labels, name=name, guidance_scale=guidance_scale)
+
+
+def write_model_index(
+    folder: Path, *, labels: Sequence[str], name: str, guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+) -> None:
+    """Write model_index.json: diffusers' entries, the labels, and our own under "lamamba"."""
+    index = {
+        "_class_name": "DiTPipeline",
+        "_diffusers_version": "0.36.0",
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "transformer": ["model.network.lamamba", "LaMambaDiff"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        _LAMAMBA_KEY: {"name": name, "guidance_scale": guidance_scale},
+    }
+    write_json(folder / "model_index.json", index)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON for people: indented, with a newline at the end."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _checked_id2label(path: Path, id2label: object) -> dict[str, str] | None:
+    if id2label is None:
+        return None
+    if not isinstance(id2label, dict):
+        raise _wrong_entry(path, "id2label", id2label, 'an object from "0", "1", ... to names')
+    for key, label in id2label.items():
+        if not isinstance(label, str):
+            raise _wrong_entry(path, f"id2label.{key}", label, "a name")
+    return id2label
+
+
+def _wrong_entry(path: Path, field: str, value: object, accepted: str) -> ValueError:
+    shown = json.dumps(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+    return ValueError(f"{path}: model_index.json, {field}: {shown} given; {accepted} is accepted")
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Open each file, which reads its header: diffusers would not say what is wrong with a damaged one."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path.name} is damaged: {one_line(error)}") from error
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the libraries that load from logging what they raise, which is reported once, by us."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

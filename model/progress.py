@@ -1,0 +1,18 @@
+"""The progress display of long commands: one line a task, counted in whole numbers."""
+
+from __future__ import annotations
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["progress_display"]
+
+
+def progress_display() -> Progress:
+    """Description, bar, done/total, time so far and time left; shown inside `with`."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )

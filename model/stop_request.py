@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM as a flag that a loop reads where its state is whole.
+
+Raised as an exception, an interrupt could fall between an update of the weights and the count of its images.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Self
+
+__all__ = ["StopRequest"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Inside `with`, the first SIGINT or SIGTERM is only noted; the next one does what it did before.
+
+    Outside the main thread, which alone receives signals, nothing is ever noted.
+
+    Attributes:
+        received: the signal, or None as long as there was none.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports of a program that this signal ended: 130 or 143; 0 without a signal."""
+        return 0 if self.received is None else 128 + self.received
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            # None: the handler was set outside Python, which cannot set it again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

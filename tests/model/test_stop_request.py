@@ -1,0 +1,45 @@
+"""If this fails, Ctrl-C or a scheduler's SIGTERM loses work, or a program cannot be stopped at all."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from model.stop_request import StopRequest
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
+)
+def test_stop_request_notes_the_first_signal(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.received is None
+        assert stop.exit_code == 0
+        signal.raise_signal(number)
+        assert stop.received is number
+        assert stop.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_aborts_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), StopRequest():  # noqa: PT012  # both signals belong to the case
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_stop_request_outside_the_main_thread_notes_nothing() -> None:
+    received: list[object] = []
+
+    def run() -> None:
+        with StopRequest() as stop:
+            received.append(stop.received)
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert received == [None]
+    assert signal.getsignal(signal.SIGINT) is before
