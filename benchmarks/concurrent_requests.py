@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.environment import RESULTS, write_results
 from benchmarks.server import RunningServer, running_server
 from model.cpu_memory import keep_freed_memory
+from model.cpu_threads import available_cpu_threads
 from model.diffusion.samplers import SAMPLERS
 from model.images import read_metadata
 from model.pipeline import LaMambaPipeline
@@ -205,7 +206,12 @@ def main() -> None:
     print(served, flush=True)
     compared = compare(pipelines, bodies, answers)
     print({name: value for name, value in compared.items() if name != "wrong"})
-    results = {"load_average_before": round(load, 2), "served": served, "compared": compared}
+    results = {
+        "row_threads": available_cpu_threads(),
+        "load_average_before": round(load, 2),
+        "served": served,
+        "compared": compared,
+    }
     print(write_results("concurrent-cpu", results, arguments.output_dir))
     if compared["wrong"]:
         print(f"{len(compared['wrong'])} wrong, the first: {compared['wrong'][0]}")

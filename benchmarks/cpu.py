@@ -230,7 +230,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     torch.set_num_threads(1)  # as `lamamba` does: see `model.cpu_rows`
     keep_freed_memory()
-    results: dict[str, Any] = {"load_average_before": round(load, 2)}
+    results: dict[str, Any] = {"row_threads": available_cpu_threads(), "load_average_before": round(load, 2)}
     results["images"] = [time_images(folder, arguments.repeats) for folder in folders]
     results["scan"] = time_scans(arguments.repeats)
     results["server"] = time_server(folders)
