@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.environment import RESULTS, write_results
 from model.config import LaMambaConfig
+from model.messages import one_line
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import SCAN_BACKENDS, resolve_scan_backend
 
@@ -104,7 +105,7 @@ def main() -> None:
                 run = lambda: net(x, timestep=t, class_labels=y).sample  # noqa: E731, B023
                 sample = run().float()
             except (ValueError, torch.cuda.OutOfMemoryError, RuntimeError) as error:
-                results.append(common | {"skipped": " ".join(str(error).split())[:200]})
+                results.append(common | {"skipped": one_line(error)})
                 print(results[-1], flush=True)
                 continue
             expected = sample if expected is None else expected

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model.config import VSSM, LaMambaConfig
 from model.network.geometry import GridGeometry
-from model.network.lamamba import LaMambaDiff
+from model.network.lamamba import LaMambaDiff, meta_network
 
 # Ours to theirs, applied in this order.
 _RENAMES = tuple(
@@ -333,9 +333,3 @@ def listed(kind: str, keys: Sequence[object]) -> str:
     """ "3 missing (a, b, ...)", so that a thousand keys still make one line."""
     shown = ", ".join(map(str, keys[:_NAMED_KEYS])) + (", ..." if len(keys) > _NAMED_KEYS else "")
     return f"{len(keys)} {kind} ({shown})"
-
-
-def meta_network(config: LaMambaConfig) -> LaMambaDiff:
-    """The network's keys and shapes without memory for its weights."""
-    with torch.device("meta"):
-        return LaMambaDiff(**dataclasses.asdict(config))

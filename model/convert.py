@@ -30,7 +30,6 @@ from model.authors_format import (
     from_authors,
     infer_config,
     listed,
-    meta_network,
     to_authors,
 )
 from model.autoencoder import Autoencoder
@@ -38,6 +37,7 @@ from model.config import LaMambaConfig
 from model.diffusion.samplers import diffusers_scheduler_config
 from model.diffusion.schedule import NoiseSchedule
 from model.model_folder import load_network, write_json, write_model_index
+from model.network.lamamba import meta_network
 
 logger = logging.getLogger(__name__)
 

@@ -270,6 +270,12 @@ class FinalLayer(nn.Module):
         return self.linear(x).movedim(-1, 1)
 
 
+def meta_network(config: LaMambaConfig) -> LaMambaDiff:
+    """The network in eval mode without memory for its weights: keys, shapes and sizes alone."""
+    with torch.device("meta"):
+        return LaMambaDiff(**dataclasses.asdict(config)).eval()
+
+
 def _run(blocks: nn.Module, x: Tensor, c: Tensor, geometry: nn.Module) -> Tensor:
     for block in blocks.children():
         x = block(x, c, geometry)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import LaMambaConfig
-from model.network.lamamba import LaMambaDiff
+from model.network.lamamba import LaMambaDiff, meta_network
 from model.network.scan import ScanBackend
 
 _NORM_MACS = 5
@@ -147,12 +147,12 @@ PUBLISHED: tuple[PublishedSize, ...] = (
 
 def count_parameters(config: LaMambaConfig) -> int:
     """Parameters of the network that `config` builds."""
-    return sum(parameter.numel() for parameter in _meta_network(config).parameters())
+    return sum(parameter.numel() for parameter in meta_network(config).parameters())
 
 
 def count_macs(config: LaMambaConfig) -> MacCount:
     """Multiply-adds of one image of `config.sample_size` latents a side, by this module's rule."""
-    return _count_macs(_meta_network(config))
+    return _count_macs(meta_network(config))
 
 
 def describe(config: LaMambaConfig) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def describe(config: LaMambaConfig) -> dict[str, Any]:
     `parameters`; `gmacs` in 1e9 and its `breakdown` by kind of operation; `paper`: the published figures if
     the configuration is a published one, else None.
     """
-    network = _meta_network(config)
+    network = meta_network(config)
     macs = _count_macs(network)
     published = next((row for row in PUBLISHED if row.config() == config), None)
     return {
@@ -197,11 +197,6 @@ def _printed(row: PublishedSize) -> dict[str, Any]:
         "gmacs": row.gmacs,
         "reason": row.reason,
     }
-
-
-def _meta_network(config: LaMambaConfig) -> LaMambaDiff:
-    with torch.device("meta"):
-        return LaMambaDiff(**dataclasses.asdict(config)).eval()
 
 
 def _count_macs(network: LaMambaDiff) -> MacCount:
