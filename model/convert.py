@@ -36,7 +36,7 @@ from model.autoencoder import Autoencoder
 from model.config import LaMambaConfig
 from model.diffusion.samplers import diffusers_scheduler_config
 from model.diffusion.schedule import NoiseSchedule
-from model.model_folder import load_network, write_json, write_model_index
+from model.model_folder import load_network, read_model_index, write_json, write_model_index
 from model.network.lamamba import meta_network
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def convert_checkpoint(
     Args:
         vae: folder of the diffusers AutoencoderKL that the network was trained with, copied.
         labels: class names: JSON (a list, or an object from number to name) or text, one name a line.
+            Without it a folder that has a model_index.json keeps it.
         weights: which of the checkpoint's two; by default EMA where there is one.
         vssm: the scan it was trained with; by default what the stored config says, or else "ss2d_continuous".
         attention: "none" for weights trained without the attention term, whose unused parts are then dropped;
@@ -103,6 +104,9 @@ def convert_checkpoint(
     for warning in warnings:
         logger.warning("%s: %s", checkpoint, warning)
     names = _read_labels(labels, config.num_classes) if labels is not None else ()
+    keeps_index = labels is None and (out_dir / "model_index.json").is_file()
+    if keeps_index:
+        read_model_index(out_dir).labels(config.num_classes)  # refuses an index of another number of classes
     if vae is not None:
         _check_autoencoder(vae, config)
 
@@ -121,7 +125,8 @@ def convert_checkpoint(
         )
         if vae is not None:
             shutil.copytree(vae, staging / "vae")
-        write_model_index(staging, labels=names, name=out_dir.resolve().name)
+        if not keeps_index:
+            write_model_index(staging, labels=names, name=out_dir.resolve().name)
         written = tuple(sorted(entry.name for entry in staging.iterdir()))
         for name in written:
             _move_into_place(staging / name, out_dir / name)

@@ -42,7 +42,7 @@ from model.data.places import Places
 from model.device import resolve_device
 from model.diffusion.loss import LossTables, diffusion_loss, q_sample
 from model.diffusion.schedule import NoiseSchedule
-from model.model_folder import load_network, save_model_folder, write_json
+from model.model_folder import load_network, local_folder, save_model_folder, write_json
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
 from model.progress import progress_display
@@ -190,7 +190,7 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
     save_model_folder(
         folder,
         network=trainer.ema,
-        autoencoder=Path(config.autoencoder_source),
+        autoencoder=local_folder(config.autoencoder_source),
         labels=places.labels,
         name=config.name,
     )

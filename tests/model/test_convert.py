@@ -23,6 +23,7 @@ from torch import Tensor
 from model.authors_format import from_authors, infer_config, to_authors
 from model.config import LaMambaConfig
 from model.convert import convert_checkpoint, export_checkpoint
+from model.model_folder import read_model_index
 from model.network.lamamba import LaMambaDiff
 from tests.golden_networks import MAX_ABS, load_golden
 
@@ -238,6 +239,14 @@ def test_vae_and_labels_complete_a_folder_that_diffusers_loads(form: str, tmp_pa
     pipeline = DiTPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
     assert pipeline.get_label_ids(["old hall"]) == [2]
     assert isinstance(pipeline.transformer, LaMambaDiff)
+
+
+def test_converting_again_without_labels_keeps_those_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "labels").write_text(json.dumps(LABELS))
+    checkpoint = saved(authors_weights(), tmp_path / "a.pt")
+    convert_checkpoint(checkpoint, tmp_path / "out", labels=tmp_path / "labels")
+    convert_checkpoint(checkpoint, tmp_path / "out")
+    assert read_model_index(tmp_path / "out").labels(len(LABELS)) == tuple(LABELS)
 
 
 def test_converting_again_replaces_the_network_and_keeps_other_entries(tmp_path: Path) -> None:
