@@ -22,7 +22,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor
 
-__all__ = ["Autoencoder"]
+__all__ = ["Autoencoder", "to_pixels"]
 
 TILE_PIXELS = 512
 """Side of the tiles that a large image is decoded in; neighbours overlap by a quarter and are blended."""
@@ -133,6 +133,11 @@ class Autoencoder:
 
     def _micro_batch(self, pixels: int) -> int:
         return max(1, self.micro_batch_pixels // max(1, pixels))
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) in [-1, 1] as (n, H, W, 3) uint8 on their device."""
+    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).movedim(1, -1)
 
 
 def _scaling(module: AutoencoderKL) -> tuple[Tensor, Tensor]:

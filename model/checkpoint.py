@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import re
 import zipfile
 import zlib
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from model.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +28,8 @@ def save_state(folder: Path, images_seen: int, state: dict[str, Any], *, keep: i
     """Write `state` (tensors and plain values) for `images_seen`; keep `keep` files, this among them."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"state-{images_seen:012d}.pt"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
     others = [other for other in _state_files(folder) if other != path]
     for old in others[keep - 1 :]:
         old.unlink()

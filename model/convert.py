@@ -13,7 +13,6 @@ import argparse
 import collections
 import json
 import logging
-import os
 import shutil
 import tempfile
 import zipfile
@@ -34,10 +33,9 @@ from model.authors_format import (
 )
 from model.autoencoder import Autoencoder
 from model.config import LaMambaConfig
-from model.diffusion.samplers import diffusers_scheduler_config
-from model.diffusion.schedule import NoiseSchedule
-from model.model_folder import load_network, read_model_index, write_json, write_model_index
+from model.model_folder import load_network, read_model_index, write_model_index, write_scheduler
 from model.network.lamamba import meta_network
+from model.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +116,7 @@ def convert_checkpoint(
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as temporary:
         staging = Path(temporary)
         network.save_pretrained(staging / "transformer", safe_serialization=True)
-        (staging / "scheduler").mkdir()
-        write_json(
-            staging / "scheduler" / "scheduler_config.json",
-            diffusers_scheduler_config(NoiseSchedule.linear()),
-        )
+        write_scheduler(staging)
         if vae is not None:
             shutil.copytree(vae, staging / "vae")
         if not keeps_index:
@@ -153,15 +147,8 @@ def export_checkpoint(model_dir: Path, out_path: Path) -> None:
     state_dict = to_authors(network)
     contents = {"model": state_dict, "ema": state_dict} | authors_metadata(network.architecture)
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out_path.with_name(f".{out_path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out_path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(out_path) as temporary, temporary.open("wb") as file:
+        torch.save(contents, file)
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ interrupted run keeps what it measured), judge.safetensors, and the pictures gri
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.autoencoder import to_pixels
 from model.data.places import RESERVED_VIEW_IDS, Places
 from model.evaluation import sources
 from model.evaluation.config import EvaluationConfig
@@ -35,8 +35,10 @@ from model.evaluation.frechet import FeatureStatistics, feature_statistics
 from model.evaluation.judge import REQUIRED_ACCURACY, Confusion, Judge, train_judge
 from model.evaluation.nearest import nearest_views
 from model.evaluation.pictures import class_grid, labelled_grid, save_picture, spread
+from model.model_folder import write_json
 from model.pipeline import LaMambaPipeline
 from model.progress import progress_display
+from model.whole_file import whole_file
 
 __all__ = ["Evaluation"]
 
@@ -270,7 +272,7 @@ class Evaluation:
 
     def _render(self, ids: Tensor) -> Tensor:
         """Pixels (n, H, W, 3) uint8 of the views with these ids."""
-        return sources.to_pixels(self.places.render(ids, self.size)[0])
+        return to_pixels(self.places.render(ids, self.size)[0])
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
@@ -279,9 +281,8 @@ class Evaluation:
         yield
         self.report["seconds"][name] = round(time.perf_counter() - started, 2)
         path = self.output_dir / "evaluation.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            write_json(temporary, self.report)
         logger.info("%s: %.1f s", name, self.report["seconds"][name])
 
 

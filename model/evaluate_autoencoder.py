@@ -25,7 +25,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.autoencoder import Autoencoder
+from model.autoencoder import Autoencoder, to_pixels
 from model.data.places import RESERVED_VIEW_IDS, Places
 
 __all__ = [
@@ -157,7 +157,7 @@ def reconstruction_picture(
         reconstructions = autoencoder.decode(autoencoder.latents(autoencoder.encode_moments(images)))
         zoom = max(1, max(sizes) // size)
         for row in (images, reconstructions):
-            pixels = (row.movedim(1, -1) * 127.5 + 127.5).round().clamp(0, 255).byte().cpu()  # (n, S, S, 3)
+            pixels = to_pixels(row).cpu()  # (n, S, S, 3)
             enlarged = pixels.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
             canvas = torch.zeros(columns, size * zoom, max(sizes), 3, dtype=torch.uint8)
             canvas[:, :, : size * zoom] = enlarged

@@ -48,6 +48,7 @@ __all__ = [
     "weights_hash",
     "write_json",
     "write_model_index",
+    "write_scheduler",
 ]
 
 DEFAULT_GUIDANCE_SCALE = 2.5
@@ -213,10 +214,15 @@ def save_model_folder(
     rounded.load_state_dict(network.state_dict())
     moved_network(rounded, dtype=dtype).save_pretrained(folder / "transformer", safe_serialization=True)
     shutil.copytree(autoencoder, folder / "vae", dirs_exist_ok=True)
+    write_scheduler(folder)
+    write_model_index(folder, labels=labels, name=name, guidance_scale=guidance_scale)
+
+
+def write_scheduler(folder: Path) -> None:
+    """Write scheduler/: the process as diffusers' own scheduler takes it."""
     scheduler = folder / "scheduler"
     scheduler.mkdir(exist_ok=True)
     write_json(scheduler / "scheduler_config.json", diffusers_scheduler_config(NoiseSchedule.linear()))
-    write_model_index(folder, labels=labels, name=name, guidance_scale=guidance_scale)
 
 
 def write_model_index(

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.autoencoder import Autoencoder
+from model.autoencoder import Autoencoder, to_pixels
 from model.cpu_rows import RowThreads
 from model.device import resolve_device
 from model.diffusion.noise import gaussian_noise
@@ -155,9 +155,7 @@ class LaMambaPipeline:
         """Latents `(n, C, H, W)` to pixels `(n, height, width, 3)` uint8 on the CPU."""
         # On a CPU a batch takes the time of its images one by one, and a multiple of their memory.
         parts = latents.split(1) if self.device.type == "cpu" else (latents,)
-        images = torch.cat([self.autoencoder.decode(part) for part in parts]).float()
-        pixels = images.clamp(-1, 1).add(1).mul(127.5).round()
-        return pixels.to(torch.uint8).movedim(1, -1).cpu()
+        return to_pixels(torch.cat([self.autoencoder.decode(part) for part in parts])).cpu()
 
     @torch.inference_mode()
     def generate(

@@ -205,8 +205,9 @@ def _start(config: TrainConfig, data: LatentCache, places: Places, device: torch
         in_channels=data.autoencoder.latent_channels,
     )
     torch.manual_seed(config.seed)
-    network = LaMambaDiff(**dataclasses.asdict(architecture))
-    if config.initial_weights is not None:
+    if config.initial_weights is None:
+        network = LaMambaDiff(**dataclasses.asdict(architecture))
+    else:
         network = load_network(config.initial_weights)
         if network.architecture != architecture:
             raise ValueError(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.autoencoder import Autoencoder
 from model.data.places import Places
+from model.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,6 @@ def places_latents(
             progress.update(task, advance=len(ids))
     tensors = {"moments": torch.cat(moments).contiguous(), "labels": torch.cat(labels)}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"key": key})
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"key": key})
     return LatentCache(tensors["moments"], tensors["labels"], autoencoder)

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.data.places import Places
+from model.whole_file import whole_file
 
 __all__ = ["REQUIRED_ACCURACY", "Confusion", "Judge", "train_judge"]
 
@@ -80,11 +81,9 @@ class Judge(nn.Module):
     def save(self, path: Path) -> None:
         """Write weights, labels and the training record as safetensors."""
         metadata = {"labels": json.dumps(self.labels), "training": json.dumps(self.training_record)}
-        temporary = path.with_suffix(".tmp")
-        save_file(
-            {name: value.contiguous().cpu() for name, value in self.state_dict().items()}, temporary, metadata
-        )
-        temporary.replace(path)
+        weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
+        with whole_file(path) as temporary:
+            save_file(weights, temporary, metadata)
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Judge:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from model.autoencoder import Autoencoder
+from model.autoencoder import Autoencoder, to_pixels
 from model.data.places import RESERVED_VIEW_IDS, Places
 from model.pipeline import LaMambaPipeline
 
@@ -21,7 +21,6 @@ __all__ = [
     "first_kept",
     "reconstructed_views",
     "sampled_images",
-    "to_pixels",
     "views",
 ]
 
@@ -102,11 +101,6 @@ def balanced_view_ids(places: Places, per_class: int) -> Tensor:
             found[label].append(view_id)
         first += _IDS_PER_LOOK
     return torch.tensor([found[label][j] for j in range(per_class) for label in range(num_classes)])
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Images (n, 3, H, W) in [-1, 1] as (n, H, W, 3) uint8 on their device."""
-    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).movedim(1, -1)
 
 
 def _rendered(places: Places, first_id: int, num: int, size: int) -> Batches:
