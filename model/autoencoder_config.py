@@ -37,10 +37,11 @@ class AutoencoderTrainingConfig:
     norm_num_groups: int = 8
     initial_weights: str | None = None
     """Folder of an autoencoder of this architecture to begin from, instead of random weights."""
-    sizes: tuple[int, ...] = (128, 128, 256)
-    """Sides of the views in pixels, one a step, in turn."""
-    batch_sizes: tuple[int, ...] = (128, 128, 32)
-    """Images a step at each of `sizes`."""
+    sizes: tuple[int, ...] = (128, 256)
+    """Sides of the rendered views in pixels; a batch has equally many of each."""
+    crop: int = 128
+    """Side of what a step sees of a view, cut out at random: no size needs a compiled step of its own."""
+    batch_size: int = 128
     max_seconds: float = 450.0
     """Training time; the learning rate falls to 0 over it."""
     max_images: int | None = None
@@ -52,6 +53,8 @@ class AutoencoderTrainingConfig:
     gradient_weight: float = 1.0
     log_mse_weight: float = 0.05
     energy_weight: float = 0.3
+    perceptual_weight: float = 1.0
+    adversarial_weight: float = 0.1
     latent_noise: float = 0.15
     """Deviation of the noise in the latents of a batch's last image, where the latents' own is 1."""
     kl_weight: float = 0.05
@@ -68,14 +71,17 @@ class AutoencoderTrainingConfig:
     statistics_views: int = 4096
 
     def __post_init__(self) -> None:
-        if len(self.sizes) != len(self.batch_sizes) or not self.sizes or min(self.batch_sizes) < 1:
-            raise ValueError(
-                f"batch_sizes: {self.batch_sizes} given; accepted is one positive number for each of sizes "
-                f"{self.sizes}"
-            )
         factor = 2 ** (len(self.block_out_channels) - 1)
-        if any(size < factor or size % factor for size in self.sizes):
-            raise ValueError(f"sizes: {self.sizes} given; accepted are positive multiples of {factor}")
+        for name, value in (("crop", self.crop), *(("sizes", size) for size in self.sizes)):
+            if value < factor or value % factor:
+                raise ValueError(f"{name}: {value} given; accepted are positive multiples of {factor}")
+        if not self.sizes or self.crop > min(self.sizes):
+            raise ValueError(f"sizes: {self.sizes} given; accepted are sizes of at least crop, {self.crop}")
+        if self.batch_size < 1 or self.batch_size % len(self.sizes):
+            raise ValueError(
+                f"batch_size: {self.batch_size} given; accepted are positive multiples of {len(self.sizes)}, "
+                f"the number of sizes"
+            )
         if any(width < 1 or width % self.norm_num_groups for width in self.block_out_channels):
             raise ValueError(
                 f"block_out_channels: {self.block_out_channels} given; accepted are positive multiples of "
@@ -90,6 +96,8 @@ class AutoencoderTrainingConfig:
             "gradient_weight",
             "log_mse_weight",
             "energy_weight",
+            "perceptual_weight",
+            "adversarial_weight",
             "latent_noise",
             "kl_weight",
             "outlier_weight",

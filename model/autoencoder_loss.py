@@ -1,13 +1,14 @@
-"""The objective of the autoencoder's training, made to be compiled whole.
+"""The objective of the autoencoder's training but for its perceptual terms, made to be compiled whole.
 
 Averaged over images x and their reconstructions y:
     |x - y| + gradient |grad(x - y)| at three scales + log_mse log(mean (x - y)^2)   (the last is -PSNR)
     + energy (difference of the root mean square gradients of x and y in cells, relative to those of x)
     + kl KL(N(mean_c, std_c^2), N(0, 1)) of the channels' distributions over the batch
     + outlier (excess of |z| over `outlier_sigmas`)^2
-The energy term keeps y as sharp as x, where the terms before it prefer soft pictures. It works cell by cell
-and within what can be shown: energy is a square, so that over a whole picture a few specks far beyond white
-would make up for softness everywhere, at little cost to |x - y|.
+The energy term keeps y as sharp as x, where the terms before it prefer soft pictures; what the sharpness
+shows is left to perceptual_loss.py. It works cell by cell and within what can be shown: energy is a square,
+so that over a whole picture a few specks far beyond white would make up for softness everywhere, at little
+cost to |x - y|.
 
 y is decoded from z + level * e: z the posterior's mean, level from 0 for a batch's first image to
 `latent_noise` for its last, e = noise^3 / sqrt(15) of unit variance, mostly small and rarely large. This
@@ -65,7 +66,9 @@ def use_channels_last_group_norm(module: nn.Module) -> None:
 
 
 class AutoencoderLoss(nn.Module):
-    """Images (n, 3, H, W) and standard normal noise (n, C, h, w) -> loss, its `TERMS` (6,)."""
+    """Images (n, 3, H, W) and standard normal noise (n, C, h, w) -> loss, its `TERMS` (6,), and what
+    perceptual terms judge: the reconstructions (n, 3, H, W), clamped to [-1, 1].
+    """
 
     TERMS = ("l1", "gradient", "log_mse", "energy", "kl", "outlier")
 
@@ -78,24 +81,26 @@ class AutoencoderLoss(nn.Module):
         self.weights = (*reconstruction, config.kl_weight, config.outlier_weight)
         self.latent_noise, self.outlier_sigmas = config.latent_noise, config.outlier_sigmas
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         module = self.module
         level = torch.linspace(0, self.latent_noise, images.shape[0], device=images.device)  # (n,)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             z = self.to_moments(module.encoder(images)).float().chunk(2, dim=1)[0]  # (n, C, h, w)
             noisy = z + level[:, None, None, None] * noise.pow(3) / _CUBE_STD
-            error = module.decoder(self.from_latents(noisy)).float() - images
+            reconstructions = module.decoder(self.from_latents(noisy)).float()
+        error, shown = reconstructions - images, reconstructions.clamp(-1, 1)
         terms = torch.stack(
             (
                 error.abs().mean(),
                 _gradient_error(error),
                 torch.log(error.square().mean(dim=(1, 2, 3)) + 1e-5).mean(),
-                _energy_error(images, images + error),
+                _energy_error(images, shown),
                 _channel_divergence(z),
                 F.relu(z.abs() - self.outlier_sigmas).square().mean(),
             )
         )
-        return sum(w * term for w, term in zip(self.weights, terms, strict=True)), terms.detach()
+        loss = sum(w * term for w, term in zip(self.weights, terms, strict=True))
+        return loss, terms.detach(), shown
 
 
 def _gradient_error(error: Tensor, num_scales: int = 3) -> Tensor:
@@ -111,9 +116,9 @@ def _gradient_error(error: Tensor, num_scales: int = 3) -> Tensor:
 def _energy_error(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Mean over images of sum |s - r| / sum r over cells: r, s are the cells' root mean square gradients.
 
-    Reconstructions count as they will be seen, clamped: beyond white there is energy that costs nothing.
+    Reconstructions must be as they will be seen, clamped: beyond white there is energy that costs nothing.
     """
-    before, after = _cell_gradients(images), _cell_gradients(reconstructions.clamp(-1, 1))
+    before, after = _cell_gradients(images), _cell_gradients(reconstructions)
     return ((after - before).abs().sum(dim=(1, 2, 3)) / before.sum(dim=(1, 2, 3))).mean()
 
 

@@ -29,32 +29,23 @@ _WARMUP_CALLS = 3
 class CapturedStep(Generic[Result]):
     """`step` as one launch. Each call returns the same tensors, overwritten by the next."""
 
-    def __init__(
-        self,
-        step: Callable[[], Result],
-        state: Sequence[Tensor],
-        *,
-        share_with: CapturedStep[Result] | None = None,
-    ) -> None:
+    def __init__(self, step: Callable[[], Result], state: Sequence[Tensor]) -> None:
         """Call `step` a few times, put `state` back, and capture it; capturing runs no kernel.
 
         Args:
             step: the function; gradients that it makes, it must also free.
             state: every tensor that outlives a call and that `step` changes. None of them may be replaced by
                 another tensor as long as the captured step is in use.
-            share_with: another captured step whose scratch memory this one uses too; the two must not run at
-                the same time.
         """
         # The stream of the warm-up is the stream of the capture: what autograd and cuBLAS keep for each
         # stream is then made before the capture.
-        self._stream: torch.cuda.Stream = torch.cuda.Stream() if share_with is None else share_with._stream
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), restored(state):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), restored(state):
             for _ in range(_WARMUP_CALLS):
                 step()
         self._graph = torch.cuda.CUDAGraph()
-        pool = None if share_with is None else share_with._graph.pool()
-        with torch.cuda.graph(self._graph, pool=pool, stream=self._stream):
+        with torch.cuda.graph(self._graph, stream=stream):
             self._result = step()
 
     def __call__(self) -> Result:

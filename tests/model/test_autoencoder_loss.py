@@ -18,7 +18,7 @@ from model.autoencoder_loss import (
 )
 
 TINY = AutoencoderTrainingConfig(
-    block_out_channels=(4, 4, 8, 8), norm_num_groups=4, sizes=(16, 32), batch_sizes=(4, 2)
+    block_out_channels=(4, 4, 8, 8), norm_num_groups=4, sizes=(16, 32), crop=16, batch_size=4
 )
 
 
@@ -110,5 +110,5 @@ def test_outlier_term_counts_what_leaves_the_accepted_range() -> None:
     module = build_autoencoder(config)
     torch.nn.init.zeros_(module.quant_conv.weight)
     torch.nn.init.constant_(module.quant_conv.bias[:4], -5.0)
-    _, terms = AutoencoderLoss(module, config)(torch.rand(2, 3, 16, 16), torch.randn(2, 4, 2, 2))
+    _, terms, _ = AutoencoderLoss(module, config)(torch.rand(2, 3, 16, 16), torch.randn(2, 4, 2, 2))
     assert dict(zip(AutoencoderLoss.TERMS, terms.tolist(), strict=True))["outlier"] == pytest.approx(4)

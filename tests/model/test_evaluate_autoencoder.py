@@ -19,7 +19,7 @@ from model.evaluate_autoencoder import (
 )
 
 CONFIG = AutoencoderTrainingConfig(
-    block_out_channels=(4, 4, 8, 8), norm_num_groups=4, sizes=(16, 32), batch_sizes=(4, 2)
+    block_out_channels=(4, 4, 8, 8), norm_num_groups=4, sizes=(16, 32), crop=16, batch_size=4
 )
 
 

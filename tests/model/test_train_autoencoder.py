@@ -18,14 +18,16 @@ from model.autoencoder_config import AutoencoderTrainingConfig
 from model.autoencoder_loss import AutoencoderLoss
 from model.checkpoint import load_newest_state
 from model.data.places import Places
+from model.perceptual_loss import PerceptualLoss
 from model.train_autoencoder import train
 
 TINY = AutoencoderTrainingConfig(
     block_out_channels=(4, 4, 8, 8),
     norm_num_groups=4,
     sizes=(16, 32),
-    batch_sizes=(4, 2),
-    max_images=24,
+    crop=16,
+    batch_size=4,
+    max_images=32,
     warmup_steps=2,
     compile=False,
     log_steps=1,
@@ -42,8 +44,8 @@ def test_train_writes_every_output(tmp_path: Path) -> None:
     assert (tmp_path / "reconstructions.png").stat().st_size > 0
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert {"images_per_s", *AutoencoderLoss.TERMS} <= rows[0].keys()
-    assert metrics["images"] == 24
+    assert {"images_per_s", *AutoencoderLoss.TERMS, *PerceptualLoss.TERMS} <= rows[0].keys()
+    assert metrics["images"] == 32
     assert set(metrics["reconstruction"]) == {"16", "32"}
     assert {size: len(response) for size, response in metrics["point_response"].items()} == {"16": 4, "32": 4}
     assert metrics["latents"]["std"] == pytest.approx([1] * 4, rel=1e-2)  # fp16 weights
@@ -52,7 +54,11 @@ def test_train_writes_every_output(tmp_path: Path) -> None:
 
 
 def test_train_lowers_the_loss(tmp_path: Path) -> None:
-    train(replace(TINY, max_images=360, learning_rate=1e-2, kl_weight=0.02), tmp_path, "cpu")
+    larger = replace(TINY, block_out_channels=(16, 16, 32, 32), sizes=(32, 64), crop=32, batch_size=8)
+    config = replace(
+        larger, max_images=480, learning_rate=3e-3, perceptual_weight=0.0, adversarial_weight=0.0
+    )
+    train(config, tmp_path, "cpu")
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     first, last = (sum(row["l1"] for row in part) for part in (rows[:10], rows[-10:]))
     assert last < 0.9 * first
@@ -88,7 +94,7 @@ def test_train_stopped_and_resumed_equals_straight(tmp_path: Path, monkeypatch: 
 def test_train_goes_on_from_the_weights_of_an_earlier_run(tmp_path: Path) -> None:
     earlier = train(TINY, tmp_path / "earlier", "cpu")
     config = replace(TINY, initial_weights=str(tmp_path / "earlier/vae"), max_images=2, learning_rate=1e-9)
-    later = train(replace(config, sizes=(16,), batch_sizes=(2,)), tmp_path / "later", "cpu")
+    later = train(replace(config, sizes=(16,), batch_size=2), tmp_path / "later", "cpu")
     assert later["steps"] == 1
     psnr = [metrics["reconstruction"]["16"]["psnr"] for metrics in (earlier, later)]
     assert psnr[1] == pytest.approx(psnr[0], abs=0.05)
@@ -113,20 +119,20 @@ def _flat(run: train_autoencoder._Run) -> torch.Tensor:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_steps_are_the_steps(tmp_path: Path) -> None:
-    """At both sizes in turn: the same views, noise, learning rates and weights, up to bf16 roundings."""
+    """The same views, noise, learning rates and weights, up to bf16 roundings."""
     places = Places.load(device="cuda")
     terms, weights = [], []
     for captured in (False, True):
         config = replace(TINY, cuda_graph=captured)
         run = train_autoencoder._Run(config, tmp_path / str(captured), torch.device("cuda"))
         start = _flat(run)
-        steps = train_autoencoder._steps(run, places)
+        step = train_autoencoder._ready_step(run, places)
         assert torch.equal(_flat(run), start)
         rows = []
         for run.step in range(6):
             run.prepare_step()
-            rows.append(steps[run.step % 2]().clone())
-            run.images += config.batch_sizes[run.step % 2]
+            rows.append(step().clone())
+            run.images += config.batch_size
         terms.append(torch.stack(rows))
         weights.append(_flat(run) - start)
     torch.testing.assert_close(terms[1], terms[0], rtol=2e-2, atol=1e-4)
