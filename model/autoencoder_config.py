@@ -37,6 +37,9 @@ class AutoencoderTrainingConfig:
     norm_num_groups: int = 8
     initial_weights: str | None = None
     """Folder of an autoencoder of this architecture to begin from, instead of random weights."""
+    train_encoder: bool = True
+    """False: the decoder alone learns, and the latents stay exactly those of `initial_weights`, on which
+    diffusion models may have been trained."""
     sizes: tuple[int, ...] = (128, 256)
     """Sides of the rendered views in pixels; a batch has equally many of each."""
     crop: int = 128
@@ -54,7 +57,9 @@ class AutoencoderTrainingConfig:
     log_mse_weight: float = 0.05
     energy_weight: float = 0.3
     perceptual_weight: float = 1.0
-    adversarial_weight: float = 0.1
+    """0 leaves out the adversarial term too."""
+    adversarial_ratio: float = 0.5
+    """Norm of the adversarial term's gradient over that of the perceptual term's, at the reconstructions."""
     latent_noise: float = 0.15
     """Deviation of the noise in the latents of a batch's last image, where the latents' own is 1."""
     kl_weight: float = 0.05
@@ -77,6 +82,10 @@ class AutoencoderTrainingConfig:
                 raise ValueError(f"{name}: {value} given; accepted are positive multiples of {factor}")
         if not self.sizes or self.crop > min(self.sizes):
             raise ValueError(f"sizes: {self.sizes} given; accepted are sizes of at least crop, {self.crop}")
+        if not self.train_encoder and self.initial_weights is None:
+            raise ValueError(
+                "train_encoder: False given without initial_weights; accepted is True, or a folder"
+            )
         if self.batch_size < 1 or self.batch_size % len(self.sizes):
             raise ValueError(
                 f"batch_size: {self.batch_size} given; accepted are positive multiples of {len(self.sizes)}, "
@@ -97,7 +106,7 @@ class AutoencoderTrainingConfig:
             "log_mse_weight",
             "energy_weight",
             "perceptual_weight",
-            "adversarial_weight",
+            "adversarial_ratio",
             "latent_noise",
             "kl_weight",
             "outlier_weight",
@@ -111,7 +120,8 @@ class AutoencoderTrainingConfig:
 def build_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
     """A fp32 AutoencoderKL without attention: of `initial_weights`, else random, a function of the seed.
 
-    Its posterior has one small width everywhere, which training leaves as it is.
+    Its posterior has one small width everywhere, which training leaves as it is; an encoder that is not
+    trained keeps its own.
     """
     stages = len(config.block_out_channels)
     with torch.random.fork_rng():
@@ -129,6 +139,8 @@ def build_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
         )
     if config.initial_weights is not None:
         _copy_weights(config.initial_weights, module)
+    if not config.train_encoder:
+        return module
     # Outputs of quant_conv: C means, then C log-variances.
     nn.init.zeros_(module.quant_conv.weight[config.latent_channels :])
     nn.init.constant_(module.quant_conv.bias[config.latent_channels :], 2 * math.log(_POSTERIOR_STD))

@@ -80,12 +80,14 @@ class AutoencoderLoss(nn.Module):
         reconstruction = (1.0, config.gradient_weight, config.log_mse_weight, config.energy_weight)
         self.weights = (*reconstruction, config.kl_weight, config.outlier_weight)
         self.latent_noise, self.outlier_sigmas = config.latent_noise, config.outlier_sigmas
+        self.train_encoder = config.train_encoder
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         module = self.module
         level = torch.linspace(0, self.latent_noise, images.shape[0], device=images.device)  # (n,)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            z = self.to_moments(module.encoder(images)).float().chunk(2, dim=1)[0]  # (n, C, h, w)
+            with torch.set_grad_enabled(self.train_encoder):
+                z = self.to_moments(module.encoder(images)).float().chunk(2, dim=1)[0]  # (n, C, h, w)
             noisy = z + level[:, None, None, None] * noise.pow(3) / _CUBE_STD
             reconstructions = module.decoder(self.from_latents(noisy)).float()
         error, shown = reconstructions - images, reconstructions.clamp(-1, 1)

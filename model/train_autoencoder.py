@@ -71,12 +71,16 @@ class _Run:
         self.module.to(device, memory_format=torch.channels_last)  # type: ignore[arg-type]  # as below
         if config.compile:
             use_channels_last_group_norm(self.module)
-        self.parameters = list(self.module.parameters())
+        if not config.train_encoder:
+            for part in (self.module.encoder, self.module.quant_conv):
+                part.requires_grad_(False)  # type: ignore[union-attr]  # build_autoencoder makes both
+        self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.captured = config.cuda_graph and device.type == "cuda"
         self.optimizers = [self._optimizer(self.parameters, self.average)]
         self.perceptual: PerceptualLoss | None = None
-        if config.perceptual_weight or config.adversarial_weight:
+        if config.perceptual_weight:
             self.perceptual = self._perceptual_loss()
             judges = list(self.perceptual.discriminator.parameters())
             self.optimizers.append(self._optimizer(judges, [p.detach().clone() for p in judges]))
@@ -115,15 +119,13 @@ class _Run:
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes in place."""
-        buffers = [] if self.perceptual is None else list(self.perceptual.discriminator.buffers())
-        return [tensor for optimizer in self.optimizers for tensor in optimizer.state()] + buffers
+        return [tensor for optimizer in self.optimizers for tensor in optimizer.state()]
 
     def averaged_module(self) -> AutoencoderKL:
         """A plain module with the averaged weights."""
         module = build_autoencoder(self.config)
         module.to(self.device)  # type: ignore[arg-type]  # diffusers' wrapper of `to` hides its signature
-        names = (name for name, _ in self.module.named_parameters())
-        module.load_state_dict(dict(zip(names, self.average, strict=True)))
+        module.load_state_dict(dict(zip(self.trained, self.average, strict=True)), strict=False)
         return module
 
     def save(self) -> None:
@@ -155,7 +157,10 @@ class _Run:
     def _perceptual_loss(self) -> PerceptualLoss:
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
-            loss = PerceptualLoss()
+            loss = PerceptualLoss(
+                perceptual_weight=self.config.perceptual_weight,
+                adversarial_ratio=self.config.adversarial_ratio,
+            )
         loss.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return loss
 
@@ -203,14 +208,13 @@ def _ready_step(run: _Run, places: Places) -> Callable[[], Tensor]:
     compiled = (
         torch.compile(loss_function, fullgraph=True, dynamic=False) if config.compile else loss_function
     )
-    weights = torch.tensor((config.perceptual_weight, config.adversarial_weight, 1.0), device=run.device)
 
     def step() -> Tensor:
         images, noise = run.batch(places)
         loss, terms, reconstructions = compiled(images, noise)
         if perceptual is not None:
-            more = perceptual(images, reconstructions)
-            loss, terms = loss + weights @ more, torch.cat((terms, more.detach()))
+            perceptual_loss, perceptual_terms = perceptual(images, reconstructions)
+            loss, terms = loss + perceptual_loss, torch.cat((terms, perceptual_terms))
         loss.backward()
         for optimizer in run.optimizers:
             optimizer.step()
@@ -275,7 +279,8 @@ def _export(run: _Run, places: Places, output_dir: Path) -> dict[str, Any]:
     config, sizes = run.config, tuple(sorted(run.config.sizes))
     module = run.averaged_module()
     raw = latent_statistics(Autoencoder(module), places, sizes=sizes, num_views=config.statistics_views)
-    normalise_latents(module, mean=raw["mean"], std=raw["std"])
+    if config.train_encoder:
+        normalise_latents(module, mean=raw["mean"], std=raw["std"])
     module.half().save_pretrained(output_dir / "vae")
 
     autoencoder = Autoencoder.load(output_dir / "vae", run.device)
@@ -291,7 +296,7 @@ def _export(run: _Run, places: Places, output_dir: Path) -> dict[str, Any]:
             )
             for size in sizes
         },
-        "parameters": sum(parameter.numel() for parameter in run.parameters),
+        "parameters": sum(parameter.numel() for parameter in run.module.parameters()),
         "steps": run.step,
         "images": run.images,
         "seconds": round(run.seconds, 1),

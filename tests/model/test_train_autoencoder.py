@@ -55,9 +55,7 @@ def test_train_writes_every_output(tmp_path: Path) -> None:
 
 def test_train_lowers_the_loss(tmp_path: Path) -> None:
     larger = replace(TINY, block_out_channels=(16, 16, 32, 32), sizes=(32, 64), crop=32, batch_size=8)
-    config = replace(
-        larger, max_images=480, learning_rate=3e-3, perceptual_weight=0.0, adversarial_weight=0.0
-    )
+    config = replace(larger, max_images=480, learning_rate=3e-3, perceptual_weight=0.0)
     train(config, tmp_path, "cpu")
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     first, last = (sum(row["l1"] for row in part) for part in (rows[:10], rows[-10:]))
@@ -98,6 +96,17 @@ def test_train_goes_on_from_the_weights_of_an_earlier_run(tmp_path: Path) -> Non
     assert later["steps"] == 1
     psnr = [metrics["reconstruction"]["16"]["psnr"] for metrics in (earlier, later)]
     assert psnr[1] == pytest.approx(psnr[0], abs=0.05)
+
+
+def test_train_of_the_decoder_alone_keeps_the_latents(tmp_path: Path) -> None:
+    train(TINY, tmp_path / "earlier", "cpu")
+    config = replace(TINY, initial_weights=str(tmp_path / "earlier/vae"), train_encoder=False)
+    train(config, tmp_path / "later", "cpu")
+    earlier, later = (Autoencoder.load(tmp_path / name / "vae") for name in ("earlier", "later"))
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    moments = earlier.encode_moments(images)
+    assert torch.equal(moments, later.encode_moments(images))
+    assert not torch.equal(earlier.decode(moments[:, :4]), later.decode(moments[:, :4]))
 
 
 def test_train_ends_by_time(tmp_path: Path) -> None:
