@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 does; to YAML 1.1, which asks for 1.0e-3, it is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
 
 
 def recipe_names() -> list[str]:
@@ -22,7 +32,7 @@ def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> dict[s
     if not path.is_file():
         path = Path(name_or_file)
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         names = ", ".join(recipe_names())
         raise ValueError(f"config: {name_or_file!r} given; a file or one of {names} is accepted") from error
@@ -40,15 +50,5 @@ def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> dict[s
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ValueError(f"override: {key!r} given; {parent!r} has no fields of its own")
-        target[leaf] = _value(value)
+        target[leaf] = yaml.load(value, _Loader)
     return fields
-
-
-def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4 as a string
-        except ValueError:
-            return value
-    return value

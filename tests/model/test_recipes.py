@@ -28,8 +28,8 @@ def test_load_recipe_applies_overrides_with_their_types() -> None:
 
 
 def test_load_recipe_reads_a_file(tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text("name: own\n")
-    assert load_recipe(str(tmp_path / "own.yaml")) == {"name": "own"}
+    (tmp_path / "own.yaml").write_text("name: own\nlearning_rate: 1e-4\nnum_images: 10\n")
+    assert load_recipe(str(tmp_path / "own.yaml")) == {"name": "own", "learning_rate": 1e-4, "num_images": 10}
 
 
 @pytest.mark.parametrize(
