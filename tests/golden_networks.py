@@ -73,7 +73,7 @@ def activations(network: LaMambaDiff, inputs: tuple[Tensor, Tensor, Tensor]) -> 
             handles.append(module.register_forward_hook(_keep_output(found, gives)))
 
     first, last = network.encoder[0][0], network.encoder[0][-1]
-    first.register_forward_pre_hook(lambda _, args: found.update(c=args[1]))
+    watch(network.final_layer.conditioning_proj, given="c")
     watch(first, given="tokens", gives="block0")
     watch(last.vssm, given="ss2d_in", gives="ss2d_out")
     watch(network.middle[0].vssm, given="ss2d_mid_in", gives="ss2d_mid_out")

@@ -14,7 +14,7 @@ from model.network.vssm import VisualStateSpace
 
 
 class LaMambaBlock(nn.Module):
-    """`(B, H, W, d), c -> (B, H, W, d)`; the identity at initialisation.
+    """`(B, H, W, d)` and AdaLN vectors `(B, 9d)` to `(B, H, W, d)`; the identity at initialisation.
 
         x = x + gate * VSSM(modulate(LN(x)))
         x = x + gate * attention(modulate(LN(x)))
@@ -61,8 +61,12 @@ class LaMambaBlock(nn.Module):
         self.ffn_norm = nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, c: Tensor, geometry: GridGeometry) -> Tensor:
-        vectors = self.modulation(F.silu(self.conditioning_proj(c)))[:, None, None]  # (B, 1, 1, 9d)
+    def adaln_vectors(self, c: Tensor) -> Tensor:
+        """What `forward` takes of the conditioning c `(B, C)`: `(B, 9d)`, without attention `(B, 6d)`."""
+        return self.modulation(F.silu(self.conditioning_proj(c)))
+
+    def forward(self, x: Tensor, vectors: Tensor, geometry: GridGeometry) -> Tensor:
+        vectors = vectors[:, None, None]  # (B, 1, 1, 9d)
         if self.has_attention:
             vssm, attention, ffn = vectors.chunk(3, dim=-1)
         else:

@@ -63,6 +63,24 @@ def test_forward_equals_the_authors_code(name: str, backend: str) -> None:
     assert checked >= 4
 
 
+@pytest.mark.parametrize("name", ["xl-like", "no-attention", "unconditional"])
+def test_forward_takes_the_conditioning_in_place_of_timestep_and_labels(name: str) -> None:
+    network = load_golden(name).build()
+    config = network.architecture
+    latents = torch.randn(3, config.in_channels, config.sample_size, config.sample_size)
+    timesteps, labels = (
+        torch.tensor([0.0, 500.5, 999.0]),
+        torch.tensor([0, 1, 2]).clamp_max(config.num_classes),
+    )
+    with torch.no_grad():
+        conditioning = network.conditioning(timesteps, labels)
+        expected = network(latents, timesteps, labels).sample
+        assert torch.equal(network(latents, conditioning=conditioning).sample, expected)
+        assert not torch.equal(network(latents, conditioning=conditioning.flip(0)).sample, expected)
+    with pytest.raises(ValueError, match="timestep: none given; accepted is a timestep, or conditioning"):
+        network(latents)
+
+
 def test_guided_forward_equals_the_authors_code() -> None:
     golden = load_golden("xl-like")
     half = len(golden.tensors["cfg.x"]) // 2
@@ -84,7 +102,7 @@ def test_an_untrained_network_is_the_identity_in_each_block() -> None:
         second = network(latents, torch.tensor([5, 700, 3]), torch.tensor([4, 5, 0])).sample
         tokens = torch.randn(1, 8, 8, 8)
         block = network.encoder[0][0]
-        unchanged = block(tokens, torch.randn(1, 32), network.geometries["8x8/1"])
+        unchanged = block(tokens, block.adaln_vectors(torch.randn(1, 32)), network.geometries["8x8/1"])
     assert torch.equal(first, second)
     assert torch.equal(unchanged, tokens)
     assert first.std() > 0.1  # unlike DiT's, the final linear map does not start at zero
