@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,13 +29,15 @@ _WARMUP_CALLS = 3
 class CapturedStep(Generic[Result]):
     """`step` as one launch. Each call returns the same tensors, overwritten by the next."""
 
-    def __init__(self, step: Callable[[], Result], state: Sequence[Tensor]) -> None:
+    def __init__(self, step: Callable[[], Result], state: Sequence[Tensor], *, pool: Any = None) -> None:
         """Call `step` a few times, put `state` back, and capture it; capturing runs no kernel.
 
         Args:
             step: the function; gradients that it makes, it must also free.
             state: every tensor that outlives a call and that `step` changes. None of them may be replaced by
                 another tensor as long as the captured step is in use.
+            pool: of torch.cuda.graph_pool_handle(): scratch memory that captured steps share. They must not
+                run at the same time.
         """
         # The stream of the warm-up is the stream of the capture: what autograd and cuBLAS keep for each
         # stream is then made before the capture.
@@ -45,7 +47,7 @@ class CapturedStep(Generic[Result]):
             for _ in range(_WARMUP_CALLS):
                 step()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._result = step()
 
     def __call__(self) -> Result:

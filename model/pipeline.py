@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from model.autoencoder import Autoencoder, to_pixels
+from model.captured_steps import CapturedSteps
 from model.cpu_rows import RowThreads
 from model.device import resolve_device
 from model.diffusion.noise import gaussian_noise
 from model.diffusion.samplers import SamplerTable, sampler_table
 from model.diffusion.schedule import NoiseSchedule
-from model.diffusion.step import DenoisingNetwork, StepBatch, denoise_step
+from model.diffusion.step import StepBatch, denoise_step
 from model.model_folder import (
     load_autoencoder,
     load_network,
@@ -54,6 +55,8 @@ class LaMambaPipeline:
     dtype: torch.dtype
     row_threads: RowThreads | None = None
     """What shares the rows of a step; None runs them in one call."""
+    captured_steps: CapturedSteps | None = None
+    """The steps as CUDA graphs; None launches their kernels one by one."""
 
     @classmethod
     def load(
@@ -64,6 +67,7 @@ class LaMambaPipeline:
         dtype: torch.dtype | None = None,
         scan_backend: str = "auto",
         num_row_threads: int = 1,
+        cuda_graphs: bool = True,
     ) -> LaMambaPipeline:
         """Load a model folder, or a hub id of one.
 
@@ -73,6 +77,7 @@ class LaMambaPipeline:
             scan_backend: see `network.scan.resolve_scan_backend`.
             num_row_threads: CPU threads that share the rows of a step; for programs that give torch one
                 thread (`torch.set_num_threads(1)`). Other devices do not use them.
+            cuda_graphs: on CUDA, launch a denoising step as one CUDA graph.
 
         Raises:
             ValueError: one line that names the folder and what does not fit.
@@ -93,6 +98,15 @@ class LaMambaPipeline:
         labels = index.labels(network.architecture.num_classes)
         network = moved_network(network, device=device, dtype=dtype).eval().requires_grad_(False)
         network.use_scan_backend(backend)
+        captured_steps = None
+        if device.type == "cuda" and cuda_graphs:
+            captured_steps = CapturedSteps(
+                network,
+                latent_shape=_latent_shape(network),
+                null_label=network.null_label,
+                guidance_channels=index.guidance_channels,
+                device=device,
+            )
         return cls(
             name=index.name,
             resolution=network.architecture.sample_size * autoencoder.downsampling,
@@ -106,12 +120,22 @@ class LaMambaPipeline:
             device=device,
             dtype=dtype,
             row_threads=RowThreads(num_row_threads) if device.type == "cpu" and num_row_threads > 1 else None,
+            captured_steps=captured_steps,
         )
 
-    @property
-    def denoiser(self) -> DenoisingNetwork:
-        """The network as `denoise_step` is to call it on this device."""
-        return self.network if self.row_threads is None else self.row_threads.share(self.network)
+    def denoise_step(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """Next latents and history of the images of `batch`, as this device computes them fastest."""
+        if self.captured_steps is not None:
+            return self.captured_steps(batch)
+        network = self.network if self.row_threads is None else self.row_threads.share(self.network)
+        return denoise_step(
+            network, batch, null_label=self.null_label, guidance_channels=self.guidance_channels
+        )
+
+    def prepare_steps(self, *, max_images: int) -> None:
+        """Make ready what `denoise_step` makes at the first step of each size, up to so many images."""
+        if self.captured_steps is not None:
+            self.captured_steps.capture_all(max_images=max_images, conditional=self.num_classes > 0)
 
     @property
     def num_classes(self) -> int:
@@ -125,8 +149,7 @@ class LaMambaPipeline:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image's latents."""
-        side = self.network.architecture.sample_size
-        return self.network.architecture.in_channels, side, side
+        return _latent_shape(self.network)
 
     @property
     def scan_backend(self) -> str:
@@ -245,9 +268,12 @@ class LaMambaPipeline:
                 guided=guided,
                 noise=gaussian_noise(seed, index, draw, self.latent_shape) if table.stochastic else None,
             )
-            latents, history = denoise_step(
-                self.denoiser, batch, null_label=self.null_label, guidance_channels=self.guidance_channels
-            )
+            latents, history = self.denoise_step(batch)
             if progress is not None:
                 progress(images)
         return latents
+
+
+def _latent_shape(network: LaMambaDiff) -> tuple[int, int, int]:
+    side = network.architecture.sample_size
+    return network.architecture.in_channels, side, side

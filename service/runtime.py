@@ -183,6 +183,7 @@ class Runtime:
                     dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
                     scan_backend=settings.scan_backend,
                     num_row_threads=settings.num_threads or available_cpu_threads(),
+                    cuda_graphs=settings.cuda_graphs,
                 )
             except ValueError as error:  # the pipeline's own words, which name the folder
                 raise StartupError(one_line(error)) from error

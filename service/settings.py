@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     scan_backend: Literal["auto", "reference", "vectorized", "mamba_cuda", "triton"] = Field(
         "auto", description="Implementation of the selective scan."
     )
+    cuda_graphs: bool = Field(True, description="On CUDA, launch a denoising step as one CUDA graph.")
     num_threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of the network; 0: as many as the cgroup's quota allows."
     )

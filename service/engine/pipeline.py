@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
 
     from model.diffusion.schedule import NoiseSchedule
-    from model.diffusion.step import DenoisingNetwork
+    from model.diffusion.step import StepBatch
 
 __all__ = ["ServedPipeline"]
 
@@ -18,8 +18,6 @@ class ServedPipeline(Protocol):
 
     @property
     def name(self) -> str: ...
-    @property
-    def denoiser(self) -> DenoisingNetwork: ...
     @property
     def schedule(self) -> NoiseSchedule: ...
     @property
@@ -33,8 +31,6 @@ class ServedPipeline(Protocol):
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
     @property
-    def guidance_channels(self) -> int | None: ...
-    @property
     def default_guidance_scale(self) -> float: ...
     @property
     def weights_hash(self) -> str: ...
@@ -44,6 +40,12 @@ class ServedPipeline(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def scan_backend(self) -> str: ...
+
+    def denoise_step(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next latents and history, (images, C, H, W) fp32 each, of the images of `batch`."""
+
+    def prepare_steps(self, *, max_images: int) -> None:
+        """Make ready whatever the first step of up to so many images would have to make."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, C, H, W) fp32 to pixels (n, height, width, 3) uint8 on the CPU."""

@@ -1,6 +1,6 @@
 """Denoising steps of one lane on its device. Holds the slots' tensors and no queue.
 
-    gather the active slots -> StepBatch -> `denoise_step`, the in-process pipeline's own -> scatter
+    gather the active slots -> StepBatch -> the pipeline's `denoise_step`, as in-process -> scatter
 
 S slots, n active images, (C, H, W) the latents of one. A step leaves the slots as they were if it raises,
 so it can be tried again with fewer images.
@@ -15,7 +15,7 @@ import torch
 
 from model.diffusion.noise import gaussian_noise
 from model.diffusion.samplers import SamplerTable, sampler_table
-from model.diffusion.step import StepBatch, denoise_step
+from model.diffusion.step import StepBatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +61,7 @@ class Runner:
         if fresh:
             latents[self._int64(fresh)] = self._noise([jobs[index] for index in fresh], [0] * len(fresh))
         batch = self._batch(jobs, latents, self._history[slots])
-        latents, history = self._denoise(batch)
+        latents, history = self._pipeline.denoise_step(batch)
         self._latents[slots] = latents
         self._history[slots] = history
         self._limit_run_ahead()
@@ -80,6 +80,7 @@ class Runner:
         size. Raises whatever that raises, and ArithmeticError for weights that give no finite numbers.
         """
         pipeline = self._pipeline
+        pipeline.prepare_steps(max_images=len(self._latents))
         steps = _warm_up_steps(
             len(self._latents), conditional=pipeline.num_classes > 0, all_ends=self._all_sizes
         )
@@ -105,7 +106,7 @@ class Runner:
             guided=self._int64(range(num_images) if guided else []),
             noise=noise,
         )
-        latents, _ = self._denoise(batch)
+        latents, _ = self._pipeline.denoise_step(batch)
         return latents
 
     def _batch(self, jobs: Sequence[ImageJob], latents: Tensor, history: Tensor) -> StepBatch:
@@ -145,15 +146,6 @@ class Runner:
             self._int64(draws),
             self._pipeline.latent_shape,
         )  # (n, C, H, W)
-
-    def _denoise(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        pipeline = self._pipeline
-        return denoise_step(
-            pipeline.denoiser,
-            batch,
-            null_label=pipeline.null_label,
-            guidance_channels=pipeline.guidance_channels,
-        )
 
     def _table(self, job: ImageJob) -> SamplerTable:
         request = job.request

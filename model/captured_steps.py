@@ -1,0 +1,116 @@
+"""Denoising steps as CUDA graphs: network, guidance and sampler update in one launch.
+
+A step of the XL network is some 3,000 kernels, which a host launches in 30 ms whatever their size; at few
+rows a GPU runs them in 5. A graph holds shapes and addresses, so there is one for each number of images in
+`sizes` and for guidance on or off. A batch is copied in, filled up to the next size, and copied out; rows
+that fill it up change nothing in the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.cuda_graph import CapturedStep
+from model.diffusion.step import DenoisingNetwork, StepBatch, denoise_step
+
+__all__ = ["CAPTURED_SIZES", "CapturedSteps"]
+
+CAPTURED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""Images of the captured steps. From 64 images on a GPU is busy without: larger batches run uncaptured."""
+
+Step = Callable[[], tuple[Tensor, Tensor]]
+
+
+class CapturedSteps:
+    """`denoise_step` of one network: a `StepBatch` in, latents and history out.
+
+    For use by one thread at a time. A size is captured at its first use, which takes a few steps' time;
+    `capture_all` does that before.
+    """
+
+    def __init__(
+        self,
+        network: DenoisingNetwork,
+        *,
+        latent_shape: tuple[int, int, int],
+        null_label: int,
+        guidance_channels: int | None,
+        device: torch.device,
+        sizes: Sequence[int] = CAPTURED_SIZES,
+    ) -> None:
+        self._step = partial(
+            denoise_step, network, null_label=null_label, guidance_channels=guidance_channels
+        )
+        self._latent_shape, self._device, self._sizes = latent_shape, device, tuple(sorted(sizes))
+        self._captured: dict[tuple[int, bool], tuple[StepBatch, Step]] = {}
+        self._pool: Any = None
+
+    @torch.inference_mode()
+    def __call__(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """What `denoise_step` returns, (images, C, H, W) fp32 each, in tensors of their own."""
+        num_images, guided = batch.latents.shape[0], batch.guided.shape[0] > 0
+        size = next((size for size in self._sizes if size >= num_images), None)
+        if size is None:
+            return self._step(batch)
+        held, step = self._captured_step(size, guided)
+        _fill(held, batch)
+        latents, history = step()
+        return latents[:num_images].clone(), history[:num_images].clone()
+
+    @torch.inference_mode()
+    def capture_all(self, *, max_images: int, conditional: bool) -> None:
+        """Capture every size up to the one that holds `max_images`, largest first: they share its memory.
+
+        `conditional`: also with guidance, which an unconditional model does not have.
+        """
+        smaller = [size for size in self._sizes if size < max_images]
+        for size in (*self._sizes[len(smaller) : len(smaller) + 1], *reversed(smaller)):
+            for guided in (True, False) if conditional else (False,):
+                self._captured_step(size, guided)
+
+    def _captured_step(self, size: int, guided: bool) -> tuple[StepBatch, Step]:
+        if (size, guided) not in self._captured:
+            held = self._empty_batch(size, guided)
+            self._captured[size, guided] = held, self._capture(partial(self._step, held))
+        return self._captured[size, guided]
+
+    def _capture(self, step: Step) -> Step:
+        with torch.cuda.device(self._device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            return CapturedStep(step, state=(), pool=self._pool)
+
+    def _empty_batch(self, size: int, guided: bool) -> StepBatch:
+        """A valid batch of the shapes that the graph is to hold."""
+        images = torch.zeros(3, size, *self._latent_shape, device=self._device)
+        numbers = torch.zeros(2, size, dtype=torch.int64, device=self._device)
+        return StepBatch(
+            latents=images[0],
+            history=images[1],
+            timesteps=numbers[0],
+            coefficients=torch.zeros(size, 8, device=self._device),
+            class_labels=numbers[1],
+            guidance_scale=torch.ones(size, device=self._device),
+            guided=torch.arange(size if guided else 0, device=self._device),
+            noise=images[2],
+        )
+
+
+def _fill(held: StepBatch, batch: StepBatch) -> None:
+    """Copy `batch` into the first rows of `held`, in place; all of `held.guided` are guided images of it."""
+    num_images = batch.latents.shape[0]
+    for name in (field.name for field in fields(StepBatch)):
+        target, value = getattr(held, name), getattr(batch, name)
+        if name == "guided":
+            target[: len(value)].copy_(value)
+            target[len(value) :].copy_(value[:1].expand(len(target) - len(value)))
+        elif value is None:
+            target.zero_()  # noise, of a batch without a stochastic step
+        else:
+            target[:num_images].copy_(value)
