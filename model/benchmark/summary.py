@@ -27,9 +27,6 @@ GOALS = {
 }
 
 
-_KEY = ("scope", "preset", "provider", "variant", "d_state", "rows", "side", "length")
-
-
 def best(rows: Sequence[Row], provider: str, num_rows: int, side: int) -> Row | None:
     """The fastest variant of a forward, of "lamamba" or "dit" (of any size); None if none was timed."""
     timed = [
@@ -148,25 +145,27 @@ def join(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several runs on one kind of card as one file: `environment` is the first's, `further_runs` the others',
     and each row names its run, counted from 0.
 
-    Of rows of the same variant and shape the first that was timed stays, of those that were not, the last.
-    Raises ValueError for runs on different cards.
+    A row that was not timed is left out where another run timed it. Raises ValueError for runs on different
+    cards.
     """
     cards = {content["environment"].get("gpu") for content in contents}
     if len(cards) > 1:
         raise ValueError(f"file: runs on {', '.join(map(str, cards))} given; runs on one card are accepted")
-    joined: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, content in enumerate(contents):
-        for row in content["results"]:
-            key = tuple(row.get(name) for name in _KEY)
-            if "ms" not in joined.get(key, {}):
-                joined[key] = {**row, "run": number}
-    rows = list(joined.values())
+    every = [{**row, "run": number} for number, content in enumerate(contents) for row in content["results"]]
+    timed = {_key(row) for row in every if "ms" in row}
+    rows = [row for row in every if "ms" in row or _key(row) not in timed]
     return {
         "environment": contents[0]["environment"],
         "further_runs": [content["environment"] for content in contents[1:]],
         "results": rows,
         "summary": summary(rows),
     }
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    """What is measured in a row, whichever run it is of."""
+    names = ("scope", "preset", "provider", "variant", "d_state", "rows", "side", "length")
+    return tuple(row.get(name) for name in names)
 
 
 def _deciding_run(rows: Sequence[Row], num_rows: int, side: int) -> int:

@@ -65,7 +65,7 @@ def run(rows: list[dict[str, Any]], gpu: str = "card") -> dict[str, Any]:
 def test_joined_runs_keep_each_row_and_take_ratios_from_one_run() -> None:
     first = run([row("lamamba", "triton/eager", 2, 32, 4.0), row("dit-xl-2", "eager", 2, 32, 8.0)])
     first["results"].append(row("lamamba", "triton/eager", 2, 64, None))
-    second = run([row("lamamba", "mamba_cuda/eager", 2, 32, 1.0), row("lamamba", "triton/eager", 2, 64, 5.0)])
+    second = run([row("lamamba", "triton/eager", 2, 32, 1.0), row("lamamba", "triton/eager", 2, 64, 5.0)])
     content = join([first, second])
     assert [entry["run"] for entry in content["results"]] == [0, 0, 1, 1]
     assert len(content["further_runs"]) == 1
