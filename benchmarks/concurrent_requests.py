@@ -33,8 +33,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.environment import RESULTS, write_results
 from benchmarks.server import RunningServer, running_server
+from model.benchmark.environment import RESULTS, write_results
 from model.cpu_memory import keep_freed_memory
 from model.cpu_threads import available_cpu_threads
 from model.diffusion.samplers import SAMPLERS

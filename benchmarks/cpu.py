@@ -28,8 +28,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.environment import RESULTS, write_results
 from benchmarks.server import running_server
+from model.benchmark.environment import RESULTS, write_results
 from model.cpu_memory import keep_freed_memory
 from model.cpu_threads import available_cpu_threads
 from model.network.scan import ScanBackend, resolve_scan_backend

@@ -25,9 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.environment import RESULTS, write_results
 from model import default_model_dir
 from model.autoencoder import Autoencoder
+from model.benchmark.environment import RESULTS, write_results
 from model.data.latents import LatentCache
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ class CapturedSteps:
         )
         self._latent_shape, self._device, self._sizes = latent_shape, device, tuple(sorted(sizes))
         self._captured: dict[tuple[int, bool], tuple[StepBatch, Step]] = {}
-        self._pool: Any = None
+        self._first: CapturedStep[tuple[Tensor, Tensor]] | None = None
 
     @torch.inference_mode()
     def __call__(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
@@ -82,9 +81,9 @@ class CapturedSteps:
 
     def _capture(self, step: Step) -> Step:
         with torch.cuda.device(self._device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            return CapturedStep(step, state=(), pool=self._pool)
+            captured = CapturedStep(step, state=(), beside=self._first)
+        self._first = self._first or captured
+        return captured
 
     def _empty_batch(self, size: int, guided: bool) -> StepBatch:
         """A valid batch of the shapes that the graph is to hold."""

@@ -1,4 +1,4 @@
-"""The commands of `model/`: train, sample, evaluate, convert, info. The service's `lamamba` adds serve.
+"""The commands of `model/`: train, sample, evaluate, convert, info and bench. `lamamba` itself adds serve.
 
 `python -m model.cli` runs them where the service's packages are not installed.
 Commands import what they need when they run, so that `--help` and mistakes in arguments answer at once.
@@ -13,6 +13,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from model.benchmark.command import bench_app
 from model.cli_sample import SAMPLE_EXAMPLES, sample
 from model.evaluation.command import EVALUATE_EXAMPLES, evaluate_command
 from model.usage import usage_errors
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 app.command(epilog=SAMPLE_EXAMPLES)(sample)
 app.command("evaluate", epilog=EVALUATE_EXAMPLES)(evaluate_command)
+app.add_typer(bench_app, name="bench")
 
 
 @app.command(

@@ -29,24 +29,32 @@ _WARMUP_CALLS = 3
 class CapturedStep(Generic[Result]):
     """`step` as one launch. Each call returns the same tensors, overwritten by the next."""
 
-    def __init__(self, step: Callable[[], Result], state: Sequence[Tensor], *, pool: Any = None) -> None:
+    def __init__(
+        self,
+        step: Callable[[], Result],
+        state: Sequence[Tensor],
+        *,
+        beside: CapturedStep[Any] | None = None,
+    ) -> None:
         """Call `step` a few times, put `state` back, and capture it; capturing runs no kernel.
 
         Args:
             step: the function; gradients that it makes, it must also free.
             state: every tensor that outlives a call and that `step` changes. None of them may be replaced by
                 another tensor as long as the captured step is in use.
-            pool: of torch.cuda.graph_pool_handle(): scratch memory that captured steps share. They must not
-                run at the same time.
+            beside: another captured step to share memory with. The two then take turns: what one returned
+                must be read before the other is called.
         """
         # The stream of the warm-up is the stream of the capture: what autograd and cuBLAS keep for each
-        # stream is then made before the capture.
-        stream = torch.cuda.Stream()
+        # stream is then made before the capture. Memory can be shared within a stream alone.
+        self._stream: torch.cuda.Stream = torch.cuda.Stream() if beside is None else beside._stream
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), restored(state):
             for _ in range(_WARMUP_CALLS):
                 step()
         self._graph = torch.cuda.CUDAGraph()
+        pool = None if beside is None else beside._graph.pool()
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._result = step()
 

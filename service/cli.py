@@ -90,6 +90,7 @@ def serve(
 
 
 app.registered_commands += model_app.registered_commands
+app.registered_groups += model_app.registered_groups
 
 
 def main() -> None:

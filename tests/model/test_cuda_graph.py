@@ -64,3 +64,15 @@ def test_captured_step_leaves_state_and_follows_its_inputs_and_seeds() -> None:
         assert step.total == expected
         assert result == 2 * expected
     assert step.calls == calls
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_steps_that_share_memory_are_right_in_turn() -> None:
+    x = torch.randn(256, 256, device="cuda")
+    steps = [lambda factor=factor: (x @ x).mul(factor).sin() for factor in (1.0, 2.0, 3.0)]
+    first = CapturedStep(steps[0], [])
+    captured = [first, *(CapturedStep(step, [], beside=first) for step in steps[1:])]
+    for _ in range(2):
+        for step, replay in zip(steps, captured, strict=True):
+            torch.testing.assert_close(replay().clone(), step(), rtol=1e-4, atol=1e-4)

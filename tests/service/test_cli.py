@@ -81,7 +81,8 @@ def test_help_and_version_load_neither_torch_nor_the_server() -> None:
         "import sys\n"
         "from service.cli import app\n"
         "from typer.testing import CliRunner\n"
-        "for arguments in (['--help'], ['--version'], ['serve', '--help'], ['sample', '--help']):\n"
+        "for arguments in (['--help'], ['--version'], ['serve', '--help'], ['sample', '--help'], "
+        "['bench', 'model', '--help']):\n"
         "    assert CliRunner().invoke(app, arguments).exit_code == 0, arguments\n"
         "print(sorted({'torch', 'diffusers', 'fastapi', 'uvicorn', 'numpy'} & set(sys.modules)))\n"
     )
@@ -95,7 +96,7 @@ def test_version_and_commands() -> None:
     assert re.fullmatch(r"lamamba \d+\.\d+\.\d+\n", output)
     code, output = run("--help")
     assert code == 0
-    for command in ("serve", "sample", "train", "info"):
+    for command in ("serve", "sample", "train", "info", "bench"):
         assert command in output
 
 
