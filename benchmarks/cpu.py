@@ -38,7 +38,7 @@ from model.pipeline import LaMambaPipeline
 from model.pretrained import PRETRAINED_RESOLUTIONS, default_model_dir
 
 STEPS = 20
-SCAN_SIDE, SCAN_WIDTH = 32, 96
+SCAN_SIDE, SCAN_WIDTH, SCAN_RANK = 32, 96, 3
 AGREEMENT = 1e-5  # relative RMS of outputs and gradients, fp32
 GOALS: dict[str, tuple[str, float]] = {
     "image_128_s": ("<=", 0.8),
@@ -139,7 +139,7 @@ def time_server(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def scan_arguments(d_state: int) -> list[Tensor]:
-    """u, delta, A, B, C, D, delta_bias and the paths."""
+    """u, dt, dt_proj_weight, A, B, C, D, delta_bias and the paths."""
     generator = torch.Generator().manual_seed(d_state)
     paths = scan_paths("ss2d_continuous", SCAN_SIDE, SCAN_SIDE)
     length, directions = SCAN_SIDE**2, len(paths)
@@ -149,7 +149,8 @@ def scan_arguments(d_state: int) -> list[Tensor]:
 
     inputs = [
         normal(1, length, SCAN_WIDTH),
-        normal(1, length, directions, SCAN_WIDTH),
+        normal(1, length, directions, SCAN_RANK),
+        normal(directions, SCAN_WIDTH, SCAN_RANK) * SCAN_RANK**-0.5,
         -torch.exp(normal(directions, SCAN_WIDTH, d_state)),
         normal(1, length, directions, d_state),
         normal(1, length, directions, d_state),

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config import LaMambaConfig
 from model.network.lamamba import LaMambaDiff, meta_network
 from model.network.scan import ScanBackend
+from model.network.scan.reference import project_dt
 
 _NORM_MACS = 5
 _NORM_MACS_WITHOUT_AFFINE = 4
@@ -232,9 +233,10 @@ def _count_macs(network: LaMambaDiff) -> MacCount:
 
 
 def _counting_scan(counts: list[int]) -> Callable[..., Tensor]:
-    """A scan backend that appends what it would compute to `counts` and computes nothing."""
+    """A scan backend that projects dt and appends what else it would compute to `counts`."""
 
-    def selective_scan(u: Tensor, delta: Tensor, A: Tensor, *others: Tensor) -> Tensor:
+    def selective_scan(u: Tensor, dt: Tensor, dt_proj_weight: Tensor, A: Tensor, *others: Tensor) -> Tensor:
+        project_dt(dt, dt_proj_weight)
         _, d_inner, d_state = A.shape
         paths = others[-1]  # (directions, path_length)
         counts.append(_SCAN_MACS * len(u) * paths.numel() * d_inner * d_state)

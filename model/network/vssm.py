@@ -76,10 +76,10 @@ class VisualStateSpace(nn.Module):
         num_directions = len(self.x_proj_weight)
         projected = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (num_directions, -1))
         dt, B, C = projected.split(self.splits, dim=-1)  # (B, L, K, r), (B, L, K, N), (B, L, K, N)
-        delta = torch.einsum("blkr,kdr->blkd", dt, self.dt_proj_weight)  # (B, L, K, d_inner)
         return self.scan_backend.selective_scan(
             u,
-            delta,
+            dt,
+            self.dt_proj_weight,
             -torch.exp(self.A_log.float()),
             B,
             C,

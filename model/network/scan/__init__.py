@@ -18,7 +18,7 @@ from model.network.scan.paths import scan_paths
 
 __all__ = ["SCAN_BACKENDS", "ScanBackend", "resolve_scan_backend", "scan_paths"]
 
-SelectiveScan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+SelectiveScan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 SCAN_BACKENDS: tuple[str, ...] = ("reference", "vectorized", "mamba_cuda", "triton")
 

@@ -23,6 +23,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from model.network.scan.reference import project_dt
+
 EXTENSION = "selective_scan_cuda"
 CHUNK = 2048
 MAX_STATE = 256
@@ -162,7 +164,8 @@ def _merge(y: Tensor, u: Tensor, paths: Tensor) -> Tensor:
 
 def selective_scan(
     u: Tensor,
-    delta: Tensor,
+    dt: Tensor,
+    dt_proj_weight: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
@@ -178,6 +181,7 @@ def selective_scan(
     """
     if A.shape[2] > MAX_STATE:
         raise ValueError(f"d_state: {A.shape[2]} given; mamba-ssm's kernels accept 1 to {MAX_STATE}")
+    delta = project_dt(dt, dt_proj_weight)
     inputs = (u, delta, A, B, C, D, delta_bias, paths)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _SelectiveScan.apply(*inputs)

@@ -3,9 +3,9 @@ tokens.
 
 Per direction k, channel and state, with token l the one that the path visits at its step, from h = 0:
 
-    dt  = softplus(delta_l + delta_bias)
-    h   = exp(dt * A) * h + dt * B_l * u_l
-    y_l = y_l + sum_n C_l[n] * h[n] + D * u_l
+    step = softplus(dt_proj_weight @ dt_l + delta_bias)
+    h    = exp(step * A) * h + step * B_l * u_l
+    y_l  = y_l + sum_n C_l[n] * h[n] + D * u_l
 
 This is the oracle of every other backend and of the gradients (autograd through the loop). It computes in
 fp32, in float64 for float64 inputs, and needs `path_length` sequential steps: too slow to serve with.
@@ -20,7 +20,8 @@ from torch import Tensor
 
 def selective_scan(
     u: Tensor,
-    delta: Tensor,
+    dt: Tensor,
+    dt_proj_weight: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
@@ -33,7 +34,8 @@ def selective_scan(
 
     Args:
         u: `(batch, length, d_inner)`, tokens in row-major order (no backend wants them permuted).
-        delta: `(batch, length, directions, d_inner)`, the step size before bias and softplus.
+        dt: `(batch, length, directions, rank)`, the step size's low-rank form.
+        dt_proj_weight: `(directions, d_inner, rank)`, which projects it to the channels.
         A: `(directions, d_inner, d_state)`, negative.
         B, C: `(batch, length, directions, d_state)`, shared by the channels of a direction.
         D: `(directions, d_inner)`.
@@ -42,16 +44,25 @@ def selective_scan(
             direction visits gets nothing from that direction.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
+    delta = project_dt(dt, dt_proj_weight)
     u, delta, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
     y = torch.zeros_like(u)
     for k, path in enumerate(paths):
-        dt = F.softplus(delta[:, path, k] + delta_bias[k])  # (batch, path_length, d_inner)
+        step_size = F.softplus(delta[:, path, k] + delta_bias[k])  # (batch, path_length, d_inner)
         u_k, B_k, C_k = u[:, path], B[:, path, k], C[:, path, k]
         h = u.new_zeros(*u_k[:, 0].shape, A.shape[-1])  # (batch, d_inner, d_state)
         outputs = []
         for i in range(len(path)):
-            input_term = (dt[:, i] * u_k[:, i]).unsqueeze(-1) * B_k[:, i].unsqueeze(1)
-            h = torch.exp(dt[:, i].unsqueeze(-1) * A[k]) * h + input_term
+            input_term = (step_size[:, i] * u_k[:, i]).unsqueeze(-1) * B_k[:, i].unsqueeze(1)
+            h = torch.exp(step_size[:, i].unsqueeze(-1) * A[k]) * h + input_term
             outputs.append((h * C_k[:, i].unsqueeze(1)).sum(-1) + D[k] * u_k[:, i])
         y = y.index_add(1, path, torch.stack(outputs, dim=1))
     return y
+
+
+def project_dt(dt: Tensor, dt_proj_weight: Tensor) -> Tensor:
+    """delta, the step sizes before bias and softplus: `(batch, length, directions, d_inner)`.
+
+    In dt's dtype, which autocast may have chosen while the weight is a parameter in fp32.
+    """
+    return torch.einsum("blkr,kdr->blkd", dt, dt_proj_weight.to(dt.dtype))

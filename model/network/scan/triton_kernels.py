@@ -2,29 +2,39 @@
 
 Recurrence, per batch row, direction and channel, over the steps l of the path (legend in `reference.py`):
 
-    dt = softplus(delta + delta_bias),   h <- exp(dt A) h + dt B u,   y = sum_n C[n] h[n] + D u
+    delta = dt_proj_weight @ dt + delta_bias,   step = softplus(delta),
+    h <- exp(step A) h + step B u,   y = sum_n C[n] h[n] + D u
 
-Grid: one program for each (batch row, block of channels, direction), directions fastest, so that the programs
-which share a block of u run together and find it in the L2 cache. A program walks its path in tiles of STEPS
-x BLOCK_C: it loads the path indices of the tile, then u, delta, B and C through them (BLOCK_C channels of a
-token are contiguous), and solves the tile with an associative scan over its steps. Two steps compose to one,
+Grid: one program for each (batch row, block of channels, group of directions), groups fastest, so that the
+programs which share a block of u run together and find it in the L2 cache. A program walks its path in tiles
+of STEPS x BLOCK_C: it loads the path indices of the tile, then u, dt, B and C through them (BLOCK_C channels
+of a token are contiguous), projects dt to the tile's channels on the tensor cores, and solves the tile with
+an associative scan over its steps. Two steps compose to one,
 
     (a_1, b_1) then (a_2, b_2) = (a_1 a_2, a_2 b_1 + b_2),   a in (0, 1],
 
-where products may underflow to 0 and never overflow; the state at the end of a tile enters the next. All
-arithmetic is fp32, whatever the tensors are stored in.
+where products may underflow to 0 and never overflow; the state before a tile enters the b of its first step.
+All arithmetic is fp32, whatever the tensors are stored in; the projection multiplies what is stored and adds
+in fp32. Steps beyond the end of a path have u = 0 (in the backward dy = 0) and so contribute nothing.
+
+A group of several directions is taken one after the other, and each adds to the y in fp32 that those before
+it wrote: no other program touches it, so the order of the sum is fixed. It pays where y stays in the L2 cache
+in between (`triton_scan.py` decides).
 
 Backward: with g_l = dL/dh_l in all, g_l = C_l dy_l + a_{l+1} g_{l+1}. Tiles are taken last to first, with
 their last step first, so that this scan too runs along the tile (Triton reverses a scan by shuffling every
 element). The states h are read back where the forward has stored them all, which it does if a channel has
 one; if it has more, the forward stores those at the start of each tile, and the backward repeats the tile's
-scan. Sums over batch rows (A, D, delta_bias) and over blocks of channels (B, C) are written as partial sums
-for torch to add; nothing is accumulated atomically, so results do not vary between runs.
+scan. The gradient of delta is written by direction, `(directions, batch, length, d_inner)`, which two matrix
+products turn into those of dt and of the weight without a copy. Sums over batch rows (A, D, delta_bias) and
+over blocks of channels (B, C) are written as partial sums for torch to add; nothing is accumulated
+atomically, so results do not vary between runs.
 
-Bytes moved per token and direction, in rows of d_inner: forward delta and y, and the states in training
-(three directions of four find u in the L2 cache); backward delta, states, ddelta and du (u and dy as before).
-A scan that wants `(batch, channels, length)` moves as much, and before and after it gathers u and delta and
-scatters y: about three times the bytes in all.
+Bytes moved per token and direction, in rows of d_inner (dt is a 32nd of one, and three directions of four
+find u in the L2 cache): forward y, and the states in training; or, for a group that stays in the cache, a
+y in fp32 for all its directions; backward states, delta's gradient and du (u and dy as before). A delta
+given would be one row more to read in either, and to write and read before and after them. A scan that wants
+`(batch, channels, length)` moves as much, and before and after it gathers u and delta and scatters y.
 """
 
 from __future__ import annotations
@@ -61,20 +71,67 @@ def _compose_reversed(a_1, p_1, g_1, a_2, p_2, g_2):  # type: ignore[no-untyped-
 
 
 @jit
-def _softplus(x):  # type: ignore[no-untyped-def]  # kernel
-    """softplus(x) and exp(-|x|), to fp32 precision: log1p(z) = 2 atanh(s) with s = z / (2 + z) <= 1/3.
+def _second(x_1, x_2):  # type: ignore[no-untyped-def]  # kernel
+    """A scan with this changes no value, but only the layout that Triton gives it; see `_delta`."""
+    return x_2
 
-    log(1 + z) would lose the small steps (x about -7) that Mamba starts from. The series ends below 2**-25.
+
+@jit
+def _softplus(x):  # type: ignore[no-untyped-def]  # kernel
+    """softplus(x) = max(x, 0) + log1p(z) and z = exp(-|x|), to fp32 precision.
+
+    log(1 + z) would lose the small steps (x about -7) that Mamba starts from. So log1p(z) / z on [0, 1] is a
+    polynomial, the minimax of its degree, wrong by 3e-8 at most and by 2e-7 with the rounding of its sums: a
+    division is dearer.
     """
-    z = tl.exp(-tl.abs(x))
-    s = z / (2.0 + z)
-    q = s * s
-    series = 1.0 / 11 + q * (1.0 / 13)
-    series = 1.0 / 9 + q * series
-    series = 1.0 / 7 + q * series
-    series = 1.0 / 5 + q * series
-    series = 1.0 / 3 + q * series
-    return tl.maximum(x, 0.0) + 2.0 * s * (1.0 + q * series), z
+    z = tl.exp2(tl.abs(x) * -1.4426950408889634)
+    series = -0.0295052771 + z * 0.00523270248
+    series = 0.0782260299 + z * series
+    series = -0.136632532 + z * series
+    series = 0.191060111 + z * series
+    series = -0.248429835 + z * series
+    series = 0.333190978 + z * series
+    series = -0.499994934 + z * series
+    series = 0.99999994 + z * series
+    return tl.maximum(x, 0.0) + z * series, z
+
+
+@jit
+def _weight(weight_ptr, channel, in_channels, RANK: tl.constexpr, RANKS: tl.constexpr):  # type: ignore[no-untyped-def]  # kernel
+    """A block of one direction's projection, transposed: `(RANKS, channels)`, zeros from RANK on."""
+    r = tl.arange(0, RANKS)
+    mask = (r < RANK)[:, None] & in_channels[None, :]
+    return tl.load(weight_ptr + channel[None, :] * RANK + r[:, None], mask=mask, other=0.0)
+
+
+@jit
+def _delta(  # type: ignore[no-untyped-def]  # kernel
+    dt_ptr,
+    weight,
+    bias,
+    token,
+    in_path,
+    DT_TOKEN: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LANES_ARE_CHANNELS: tl.constexpr,
+):
+    """The tile's step sizes before softplus, with their bias: `(steps, channels)` in fp32.
+
+    A dot product's result lies across the threads as the tensor cores leave it, and Triton would let all
+    arithmetic after it follow, up to the scan. The empty scan ends that: the tile moves through shared memory
+    once, here, to the layout in which u was loaded and y is stored (without it, u, a and b each do, and the
+    forward needs 238 registers a thread instead of 168). With LANES_ARE_CHANNELS a thread holds whole columns
+    or shares them with few, and the empty scan costs nothing or little.
+    """
+    r = tl.arange(0, RANKS)
+    mask = in_path[:, None] & (r < RANK)[None, :]
+    dt = tl.load(dt_ptr + token[:, None] * DT_TOKEN + r[None, :], mask=mask, other=0.0)
+    delta = tl.dot(dt, weight, input_precision=PRECISION) + bias[None, :]
+    if LANES_ARE_CHANNELS:
+        delta = tl.associative_scan(delta, 0, _second)
+    return delta
 
 
 @jit
@@ -105,15 +162,17 @@ def _with_state(states, n, state, D_STATE: tl.constexpr):  # type: ignore[no-unt
 @jit
 def fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     u_ptr,
-    delta_ptr,
+    dt_ptr,  # (batch, length, directions, rank)
+    weight_ptr,  # (directions, d_inner, rank)
     A_ptr,
     B_ptr,
     C_ptr,
     D_ptr,
     bias_ptr,
     paths_ptr,
-    y_ptr,  # (batch, length, directions, d_inner)
-    states_ptr,  # (batch, directions, path_length, d_inner), or (programs, tiles, d_state, BLOCK_C)
+    y_ptr,  # (batch, length, directions / MERGED, d_inner)
+    states_ptr,  # (batch, directions, path_length, d_inner), or
+    # (batch, directions, num_blocks, num_tiles, d_state, BLOCK_C)
     length,
     path_length,
     d_inner,
@@ -122,9 +181,7 @@ def fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     num_tiles,
     u_batch,
     u_token,
-    delta_batch,
-    delta_token,
-    delta_direction,
+    dt_batch,
     B_batch,
     B_token,
     B_direction,
@@ -135,85 +192,123 @@ def fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     C_state,
     D_STATE: tl.constexpr,
     STATES: tl.constexpr,  # the power of two from D_STATE on
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,  # the power of two from RANK on, 16 at least
+    DT_TOKEN: tl.constexpr,  # strides of dt: constants, from which the compiler sees how wide it may load
+    DT_DIRECTION: tl.constexpr,
+    PRECISION: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LANES_ARE_CHANNELS: tl.constexpr,
     SAVE_STATES: tl.constexpr,
+    MERGED: tl.constexpr,  # directions that a program takes, one after the other
+    GAPS: tl.constexpr,  # paths leave tokens out, and y holds zeros
 ):
     program = tl.program_id(0).to(tl.int64)
-    direction = program % directions
-    block = (program // directions) % num_blocks
-    batch = program // (directions * num_blocks)
+    groups = directions // MERGED
+    group = program % groups
+    block = (program // groups) % num_blocks
+    batch = program // (groups * num_blocks)
 
     lane = tl.arange(0, BLOCK_C)
-    channel = block * BLOCK_C + lane
+    channel = tl.max_contiguous(block.to(tl.int32) * BLOCK_C + lane, VECTOR)
     in_channels = channel < d_inner
-    bias = tl.load(bias_ptr + direction * d_inner + channel, mask=in_channels, other=0.0)
-    D = tl.load(D_ptr + direction * d_inner + channel, mask=in_channels, other=0.0)
-    if D_STATE == 1:
-        A = tl.load(A_ptr + direction * d_inner + channel, mask=in_channels, other=0.0)
-        states = tl.zeros((BLOCK_C,), tl.float32)
-    else:
-        n_index = tl.arange(0, STATES)[:, None]
-        A_mask = in_channels[None, :] & (n_index < D_STATE)
-        A_offsets = (direction * d_inner + channel[None, :]) * D_STATE + n_index
-        A = tl.load(A_ptr + A_offsets, mask=A_mask, other=0.0)
-        states = tl.zeros((STATES, BLOCK_C), tl.float32)
-    A *= 1.4426950408889634  # exp(dt A) = exp2(dt A log2(e))
-
+    first = (tl.arange(0, STEPS) == 0)[:, None]
     u_ptr += batch * u_batch
-    delta_ptr += batch * delta_batch + direction * delta_direction
-    B_ptr += batch * B_batch + direction * B_direction
-    C_ptr += batch * C_batch + direction * C_direction
-    y_ptr += (batch * length * directions + direction) * d_inner
-    if D_STATE == 1:
-        states_ptr += (batch * directions + direction) * path_length * d_inner
-    else:
-        states_ptr += program * num_tiles * D_STATE * BLOCK_C
+    y_ptr += (batch * length * groups + group) * d_inner
 
-    for tile in range(num_tiles):
-        step = tile * STEPS + tl.arange(0, STEPS)
-        in_path = step < path_length
-        token = tl.load(paths_ptr + direction * path_length + step, mask=in_path, other=0)
-        mask = in_path[:, None] & in_channels[None, :]
-        u = tl.load(u_ptr + token[:, None] * u_token + channel[None, :], mask=mask, other=0.0)
-        u = u.to(tl.float32)
-        delta = tl.load(delta_ptr + token[:, None] * delta_token + channel[None, :], mask=mask, other=0.0)
-        dt, _ = _softplus(delta.to(tl.float32) + bias[None, :])
-        dt = tl.where(in_path[:, None], dt, 0.0)  # beyond the end: a = 1, b = 0, the state stays
-        drive = dt * u
-        y = D[None, :] * u
-        for n in range(D_STATE):
-            B = tl.load(B_ptr + token * B_token + n * B_state, mask=in_path, other=0.0).to(tl.float32)
-            C = tl.load(C_ptr + token * C_token + n * C_state, mask=in_path, other=0.0).to(tl.float32)
-            start = _state(states, n, D_STATE)
-            if SAVE_STATES and D_STATE > 1:
-                tl.store(states_ptr + (tile * D_STATE + n) * BLOCK_C + lane, start)
-            a = tl.exp2(dt * _state(A, n, D_STATE)[None, :])
-            decay, h = tl.associative_scan((a, drive * B[:, None]), 0, _compose)
-            h += decay * start[None, :]
-            y += C[:, None] * h
-            if SAVE_STATES and D_STATE == 1:
-                h_offsets = step[:, None] * d_inner + channel[None, :]
-                tl.store(states_ptr + h_offsets, h.to(states_ptr.dtype.element_ty), mask=mask)
-            states = _with_state(states, n, _row(h, STEPS - 1), D_STATE)
-        y_offsets = token[:, None] * (directions * d_inner) + channel[None, :]
-        tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    for k in range(MERGED):
+        direction = group * MERGED + k
+        vector = direction * d_inner + channel
+        bias = tl.load(bias_ptr + vector, mask=in_channels, other=0.0)
+        D = tl.load(D_ptr + vector, mask=in_channels, other=0.0)
+        if D_STATE == 1:
+            A = tl.load(A_ptr + vector, mask=in_channels, other=0.0)
+            states = tl.zeros((BLOCK_C,), tl.float32)
+        else:
+            n_index = tl.arange(0, STATES)[:, None]
+            A_mask = in_channels[None, :] & (n_index < D_STATE)
+            A = tl.load(A_ptr + vector[None, :] * D_STATE + n_index, mask=A_mask, other=0.0)
+            states = tl.zeros((STATES, BLOCK_C), tl.float32)
+        A *= 1.4426950408889634  # exp(dt A) = exp2(dt A log2(e))
+        weight = _weight(weight_ptr + direction * d_inner * RANK, channel, in_channels, RANK, RANKS)
+
+        k_dt_ptr = dt_ptr + batch * dt_batch + direction * DT_DIRECTION
+        k_B_ptr = B_ptr + batch * B_batch + direction * B_direction
+        k_C_ptr = C_ptr + batch * C_batch + direction * C_direction
+        k_paths_ptr = paths_ptr + direction * path_length
+        row = batch * directions + direction
+        if D_STATE == 1:
+            k_states_ptr = states_ptr + row * path_length * d_inner
+        else:
+            k_states_ptr = states_ptr + (row * num_blocks + block) * num_tiles * D_STATE * BLOCK_C
+
+        for tile in range(num_tiles):
+            step = tile * STEPS + tl.arange(0, STEPS)
+            in_path = step < path_length
+            token = tl.load(k_paths_ptr + step, mask=in_path, other=0).to(tl.int32)
+            mask = in_path[:, None] & in_channels[None, :]
+            u = tl.load(u_ptr + token[:, None] * u_token + channel[None, :], mask=mask, other=0.0)
+            u = u.to(tl.float32)
+            delta = _delta(
+                k_dt_ptr,
+                weight,
+                bias,
+                token,
+                in_path,
+                DT_TOKEN,
+                RANK,
+                RANKS,
+                PRECISION,
+                LANES_ARE_CHANNELS,
+            )
+            # Beyond the end u is 0 and nothing enters the state; what leaves it there, no one reads.
+            dt, _ = _softplus(delta)
+            drive = dt * u
+            y = D[None, :] * u
+            for n in range(D_STATE):
+                B = tl.load(k_B_ptr + token * B_token + n * B_state, mask=in_path, other=0.0).to(tl.float32)
+                C = tl.load(k_C_ptr + token * C_token + n * C_state, mask=in_path, other=0.0).to(tl.float32)
+                start = _state(states, n, D_STATE)
+                if SAVE_STATES and D_STATE > 1:
+                    tl.store(k_states_ptr + (tile * D_STATE + n) * BLOCK_C + lane, start)
+                a = tl.exp2(dt * _state(A, n, D_STATE)[None, :])
+                b = drive * B[:, None]
+                b = tl.where(first, b + a * start[None, :], b)
+                _, h = tl.associative_scan((a, b), 0, _compose)
+                y += C[:, None] * h
+                if SAVE_STATES and D_STATE == 1:
+                    h_offsets = step[:, None] * d_inner + channel[None, :]
+                    tl.store(k_states_ptr + h_offsets, h.to(states_ptr.dtype.element_ty), mask=mask)
+                states = _with_state(states, n, _row(h, STEPS - 1), D_STATE)
+            y_offsets = token[:, None] * (groups * d_inner) + channel[None, :]
+            if MERGED > 1:
+                written = mask  # by the directions before, in paths with gaps by zeros
+                if not GAPS:
+                    written = mask & (k > 0)
+                y += tl.load(y_ptr + y_offsets, mask=written, other=0.0)
+            tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        if MERGED > 1:
+            tl.debug_barrier()  # other threads of the program read what this one wrote
 
 
 @jit
 def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     u_ptr,
-    delta_ptr,
+    dt_ptr,  # (batch, length, directions, rank)
+    weight_ptr,  # (directions, d_inner, rank)
     A_ptr,
     B_ptr,
     C_ptr,
     D_ptr,
     bias_ptr,
     paths_ptr,
-    states_ptr,  # (batch, directions, path_length, d_inner), or (programs, tiles, d_state, BLOCK_C)
+    states_ptr,  # (batch, directions, path_length, d_inner), or
+    # (batch, directions, num_blocks, num_tiles, d_state, BLOCK_C)
     dy_ptr,  # (batch, length, d_inner)
     du_ptr,  # (batch, length, directions, d_inner)
-    ddelta_ptr,  # (batch, length, directions, d_inner)
+    ddelta_ptr,  # (directions, batch, length, d_inner)
     dA_ptr,  # (batch, directions, d_state, d_inner)
     dB_ptr,  # (num_blocks, batch, length, directions, d_state)
     dC_ptr,  # (num_blocks, batch, length, directions, d_state)
@@ -228,9 +323,7 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     num_tiles,
     u_batch,
     u_token,
-    delta_batch,
-    delta_token,
-    delta_direction,
+    dt_batch,
     B_batch,
     B_token,
     B_direction,
@@ -241,8 +334,15 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     C_state,
     D_STATE: tl.constexpr,
     STATES: tl.constexpr,  # the power of two from D_STATE on
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,  # the power of two from RANK on, 16 at least
+    DT_TOKEN: tl.constexpr,
+    DT_DIRECTION: tl.constexpr,
+    PRECISION: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LANES_ARE_CHANNELS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     direction = program % directions
@@ -250,10 +350,13 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     batch = program // (directions * num_blocks)
 
     lane = tl.arange(0, BLOCK_C)
-    channel = block * BLOCK_C + lane
+    channel = tl.max_contiguous(block.to(tl.int32) * BLOCK_C + lane, VECTOR)
     in_channels = channel < d_inner
+    first = (tl.arange(0, STEPS) == 0)[:, None]
+    last = (tl.arange(0, STEPS) == STEPS - 1)[:, None]
     bias = tl.load(bias_ptr + direction * d_inner + channel, mask=in_channels, other=0.0)
     D = tl.load(D_ptr + direction * d_inner + channel, mask=in_channels, other=0.0)
+    weight = _weight(weight_ptr + direction * d_inner * RANK, channel, in_channels, RANK, RANKS)
     if D_STATE == 1:
         A = tl.load(A_ptr + direction * d_inner + channel, mask=in_channels, other=0.0)
         g_behind = tl.zeros((BLOCK_C,), tl.float32)  # a_{l+1} g_{l+1} of the tile's last step l
@@ -269,33 +372,43 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     dbias = tl.zeros((BLOCK_C,), tl.float32)
 
     u_ptr += batch * u_batch
-    delta_ptr += batch * delta_batch + direction * delta_direction
+    dt_ptr += batch * dt_batch + direction * DT_DIRECTION
     B_ptr += batch * B_batch + direction * B_direction
     C_ptr += batch * C_batch + direction * C_direction
     dy_ptr += batch * length * d_inner
     du_ptr += (batch * length * directions + direction) * d_inner
-    ddelta_ptr += (batch * length * directions + direction) * d_inner
+    ddelta_ptr += (direction * num_rows + batch) * length * d_inner
     dB_ptr += ((block * num_rows + batch) * length * directions + direction) * D_STATE
     dC_ptr += ((block * num_rows + batch) * length * directions + direction) * D_STATE
     if D_STATE == 1:
         states_ptr += (batch * directions + direction) * path_length * d_inner
     else:
-        states_ptr += program * num_tiles * D_STATE * BLOCK_C
+        row = batch * directions + direction
+        states_ptr += (row * num_blocks + block) * num_tiles * D_STATE * BLOCK_C
 
     for i in range(num_tiles):
         tile = num_tiles - 1 - i
         step = tile * STEPS + (STEPS - 1 - tl.arange(0, STEPS))  # last step first, as g is scanned
         in_path = step < path_length
-        token = tl.load(paths_ptr + direction * path_length + step, mask=in_path, other=0)
+        token = tl.load(paths_ptr + direction * path_length + step, mask=in_path, other=0).to(tl.int32)
         mask = in_path[:, None] & in_channels[None, :]
         u = tl.load(u_ptr + token[:, None] * u_token + channel[None, :], mask=mask, other=0.0)
         u = u.to(tl.float32)
-        delta = tl.load(delta_ptr + token[:, None] * delta_token + channel[None, :], mask=mask, other=0.0)
         dy = tl.load(dy_ptr + token[:, None] * d_inner + channel[None, :], mask=mask, other=0.0)
-        x = delta.to(tl.float32) + bias[None, :]
-        dt, z = _softplus(x)
-        slope = tl.where(x >= 0.0, 1.0, z) / (1.0 + z)
-        dt = tl.where(in_path[:, None], dt, 0.0)
+        delta = _delta(
+            dt_ptr,
+            weight,
+            bias,
+            token,
+            in_path,
+            DT_TOKEN,
+            RANK,
+            RANKS,
+            PRECISION,
+            LANES_ARE_CHANNELS,
+        )
+        dt, z = _softplus(delta)
+        slope = tl.where(delta >= 0.0, 1.0, z) / (1.0 + z)
         drive = dt * u
         ddt = tl.zeros((STEPS, BLOCK_C), tl.float32)
         ddrive = tl.zeros((STEPS, BLOCK_C), tl.float32)
@@ -312,12 +425,13 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
                 h = kept + b
             else:
                 start = tl.load(states_ptr + (tile * D_STATE + n) * BLOCK_C + lane)
-                decay, h = tl.associative_scan((a, b), 0, _compose, reverse=True)
-                h += decay * start[None, :]
+                entering = tl.where(last, b + a * start[None, :], b)
+                _, h = tl.associative_scan((a, entering), 0, _compose, reverse=True)
                 kept = h - b
             ones = tl.full((STEPS, BLOCK_C), 1.0, tl.float32)
-            _, decay, g = tl.associative_scan((a, ones, C[:, None] * dy), 0, _compose_reversed)
-            g += decay * _state(g_behind, n, D_STATE)[None, :]
+            dh = C[:, None] * dy
+            dh = tl.where(first, dh + _state(g_behind, n, D_STATE)[None, :], dh)
+            _, _, g = tl.associative_scan((a, ones, dh), 0, _compose_reversed)
             g_behind = _with_state(g_behind, n, _row(a * g, STEPS - 1), D_STATE)
 
             dlog_a = g * kept
@@ -333,7 +447,8 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         dD += tl.sum(u * dy, axis=0)
         dbias += tl.sum(ddelta, axis=0)
         out_offsets = token[:, None] * (directions * d_inner) + channel[None, :]
-        tl.store(ddelta_ptr + out_offsets, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask)
+        ddelta_offsets = token[:, None] * d_inner + channel[None, :]
+        tl.store(ddelta_ptr + ddelta_offsets, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask)
         tl.store(du_ptr + out_offsets, du.to(du_ptr.dtype.element_ty), mask=mask)
 
     row = batch * directions + direction

@@ -21,10 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.network.scan.reference import project_dt
+
 
 def selective_scan(
     u: Tensor,
-    delta: Tensor,
+    dt: Tensor,
+    dt_proj_weight: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
@@ -34,15 +37,16 @@ def selective_scan(
 ) -> Tensor:
     """Same arguments, result and precision as `reference.selective_scan`."""
     dtype = torch.promote_types(u.dtype, torch.float32)
+    delta = project_dt(dt, dt_proj_weight)  # (batch, length, directions, d_inner)
     u, delta, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
     rows = _rows_along(paths)
-    dt = F.softplus(delta + delta_bias)  # (batch, length, directions, d_inner)
-    dt_u = _ToPath.apply(dt * u.unsqueeze(2), rows)  # (batch, path_length, directions, d_inner)
-    dt, B, C = (_ToPath.apply(x, rows) for x in (dt, B, C))
-    y = torch.zeros_like(dt)
+    step = F.softplus(delta + delta_bias)
+    step_u = _ToPath.apply(step * u.unsqueeze(2), rows)  # (batch, path_length, directions, d_inner)
+    step, B, C = (_ToPath.apply(x, rows) for x in (step, B, C))
+    y = torch.zeros_like(step)
     # State by state: no tensor has both axes d_inner and d_state, which would leave the caches.
     for A_n, B_n, C_n in zip(A.unbind(-1), B.split(1, -1), C.split(1, -1), strict=True):
-        y = torch.addcmul(y, linear_recurrence(torch.exp(dt * A_n), dt_u * B_n), C_n)
+        y = torch.addcmul(y, linear_recurrence(torch.exp(step * A_n), step_u * B_n), C_n)
     skip = torch.matmul(_visits(paths, u.shape[1], dtype), D.to(dtype)) * u  # (batch, length, d_inner)
     return _ToGrid.apply(y, rows, u.shape[1]).sum(2) + skip
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from model.network.scan import mamba_cuda, reference
 from model.network.scan.paths import scan_paths
 
-NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+NAMES = ("u", "dt", "dt_proj_weight", "A", "B", "C", "D", "delta_bias")
 TOLERANCE = {  # relative RMS of y and of each gradient
     torch.float32: 2e-5,  # the kernels' fast exponentials, and sums in any order
     torch.bfloat16: 1e-2,  # y, du, ddelta of each direction, dB, dC and the kernels' dy are rounded to 2**-9
@@ -48,6 +48,7 @@ def scan_inputs(
     d_inner: int = 8,
     batch: int = 1,
     d_state: int = 1,
+    rank: int = 3,
     vssm: str = "ss2d_continuous",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -62,7 +63,8 @@ def scan_inputs(
 
     inputs = [
         normal(batch, length, d_inner).to(dtype),
-        normal(batch, length, directions, d_inner).to(dtype),
+        normal(batch, length, directions, rank).to(dtype),
+        normal(directions, d_inner, rank).to(dtype) * rank**-0.5,
         -torch.exp(normal(directions, d_inner, d_state)),
         normal(batch, length, directions, d_state).to(dtype),
         normal(batch, length, directions, d_state).to(dtype),

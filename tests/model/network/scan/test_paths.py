@@ -105,7 +105,8 @@ def test_a_token_depends_on_exactly_the_tokens_before_it_on_each_path(vssm: str,
     paths = scan_paths(vssm, height, width, window_size=2)
     directions, length = len(paths), height * width
     scan = resolve_scan_backend(backend).selective_scan
-    delta = torch.randn(1, length, directions, 1, dtype=torch.float64)
+    dt = torch.randn(1, length, directions, 1, dtype=torch.float64)
+    weight = torch.ones(directions, 1, 1, dtype=torch.float64)
     A = -torch.rand(directions, 1, 1, dtype=torch.float64)
     B, C = torch.rand(2, 1, length, directions, 1, dtype=torch.float64) + 0.5
     D, delta_bias = torch.ones(directions, 1), torch.zeros(directions, 1)
@@ -114,7 +115,8 @@ def test_a_token_depends_on_exactly_the_tokens_before_it_on_each_path(vssm: str,
 
         def run(u: Tensor, k: list[int] = chosen) -> Tensor:
             u = u.view(1, length, 1)
-            part = scan(u, delta[:, :, k], A[k], B[:, :, k], C[:, :, k], D[k], delta_bias[k], paths[k])
+            dt_k, B_k, C_k = (tensor[:, :, k] for tensor in (dt, B, C))
+            part = scan(u, dt_k, weight[k], A[k], B_k, C_k, D[k], delta_bias[k], paths[k])
             return part.flatten()
 
         jacobian = torch.autograd.functional.jacobian(run, torch.randn(length, dtype=torch.float64))
@@ -155,7 +157,7 @@ def test_a_direction_leaves_unvisited_tokens_alone() -> None:
     others = torch.ones(1, 4, 1, 1)
     one, zero = torch.ones(1, 1), torch.zeros(1, 1)
     y = reference.selective_scan(
-        u, others, -one[..., None], others, others, one, zero, torch.tensor([[2, 0]])
+        u, others, one[..., None], -one[..., None], others, others, one, zero, torch.tensor([[2, 0]])
     )
     assert y[0, 1] == 0
     assert y[0, 3] == 0

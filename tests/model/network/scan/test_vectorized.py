@@ -15,7 +15,7 @@ TOLERANCE = {  # relative RMS of the output and of each gradient
     torch.float32: 2e-6,  # likewise
     torch.bfloat16: 1e-2,  # gradients of bf16 inputs are rounded to bf16
 }
-NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+NAMES = ("u", "dt", "dt_proj_weight", "A", "B", "C", "D", "delta_bias")
 CASES = {
     "one-token": {"grid": (1, 1)},
     "two-tokens": {"grid": (1, 2)},
@@ -36,6 +36,7 @@ def scan_inputs(
     grid: tuple[int, int],
     batch: int = 1,
     d_inner: int = 5,
+    rank: int = 3,
     d_state: int = 1,
     vssm: str = "ss2d_continuous",
     dtype: torch.dtype = torch.float64,
@@ -51,7 +52,8 @@ def scan_inputs(
     wide = torch.promote_types(dtype, torch.float32)
     inputs = [
         normal(batch, length, d_inner).to(dtype),
-        normal(batch, length, directions, d_inner).to(dtype),
+        normal(batch, length, directions, rank).to(dtype),
+        normal(directions, d_inner, rank).to(dtype) * rank**-0.5,
         -torch.exp(normal(directions, d_inner, d_state)).to(wide),
         normal(batch, length, directions, d_state).to(dtype),
         normal(batch, length, directions, d_state).to(dtype),
@@ -89,8 +91,8 @@ def test_vectorized_scan_and_every_gradient_equal_the_reference(case: str, dtype
 def test_vectorized_scan_is_exact_where_products_of_decays_vanish(scale: float) -> None:
     inputs, paths = scan_inputs(grid=(8, 16), dtype=torch.float32, d_state=2)
     with torch.no_grad():
-        inputs[2].mul_(scale)  # A
-        inputs[6].add_(2.0)  # delta's bias
+        inputs[3].mul_(scale)  # A
+        inputs[7].add_(2.0)  # delta's bias
     given = output_and_gradients(vectorized.selective_scan, inputs, paths)
     expected = output_and_gradients(reference.selective_scan, inputs, paths)
     assert all(tensor.isfinite().all() for tensor in given)
@@ -113,7 +115,7 @@ def test_softplus_is_the_identity_above_twenty() -> None:
     one = torch.ones(1, 1, 1, 1)
     delta, paths = 21.5 * one, torch.zeros(1, 1, dtype=torch.int64)
     for scan in (reference.selective_scan, vectorized.selective_scan):
-        y = scan(u, delta, -one[0], one, one, torch.zeros(1, 1), torch.zeros(1, 1), paths)
+        y = scan(u, delta, one[0], -one[0], one, one, torch.zeros(1, 1), torch.zeros(1, 1), paths)
         assert float(y) == 21.5
 
 
