@@ -20,6 +20,7 @@ from model.benchmark.config import BenchConfig, Shape, architecture
 from model.benchmark.forward import AGREEMENT, DisagreementError, relative_rms
 from model.benchmark.networks import DTYPES
 from model.benchmark.timing import interleaved, milliseconds, percentiles, release
+from model.config import dt_rank
 from model.messages import one_line
 from model.network.scan import resolve_scan_backend, scan_paths
 from model.network.vssm import EXPAND
@@ -118,14 +119,17 @@ class _Tokens:
     ) -> None:
         self.paths = scan_paths("ss2d_continuous", side, side).to(device)
         directions, length = len(self.paths), side**2
-        normal = _normal(device)
+        normal, rank = _normal(device), dt_rank(d_inner // EXPAND)
+        projected = normal(rows, length, directions, rank + 2 * d_state).to(dtype)
+        dt, B, C = projected.split((rank, d_state, d_state), dim=-1)
         self._device = device
         self._inputs = (
             normal(rows, length, d_inner).to(dtype),
-            normal(rows, length, directions, d_inner).to(dtype),
+            dt,
+            (normal(directions, d_inner, rank) * rank**-0.5).to(dtype),
             -torch.exp(normal(directions, d_inner, d_state)),
-            normal(rows, length, directions, d_state).to(dtype),
-            normal(rows, length, directions, d_state).to(dtype),
+            B,
+            C,
             normal(directions, d_inner),
             normal(directions, d_inner) - 4.0,
             self.paths,
