@@ -145,7 +145,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             self.geometries[_geometry_key(height, width, divisor)] = geometry.to(self.position_embed.device)
 
     def use_scan_backend(self, backend: ScanBackend) -> None:
-        """Run all blocks' selective scans with `backend` from now on, and their window attention as it says."""
+        """Run the scans of all blocks with `backend` from now on, and their window attention as it says."""
         self._scan_backend = backend
         for module in self.modules():
             if isinstance(module, VisualStateSpace):

@@ -1,7 +1,8 @@
 """Window attention through the Triton kernels of `window_attention_kernels.py`: launch, operators, gradient.
 
 What `attention.WindowAttention` computes between its two projections, the roll and its inverse included. The
-module's own path is the readable reference, and what runs where these kernels do not.
+module's own path is the readable reference, and what runs where these kernels do not. They run where the
+Triton scan does (`scan.triton_scan.is_available`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,24 +22,13 @@ INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # gradient): 64 x 64 is what they hold. Larger windows (16 x 16, global attention) are left to torch.
 MAX_TOKENS = 64
 MAX_HEAD_DIM = 128
-# Compiled for head dims of 20, 40 and 80, registers and shared memory let 4 or 3 forward programs onto each of
-# an H100's 132 multiprocessors, and 2 backward ones. The forward starts 3 or 4 rounds of them, which evens out
-# their ends and leaves some 20 windows to a program and its bias (128 rows of 32 x 32 tokens). The backward
-# starts one round: each of its programs writes a partial sum of 16 KiB for the bias.
+# Compiled for head dims of 20, 40 and 80, registers and shared memory let 4 or 3 forward programs onto each
+# of an H100's 132 multiprocessors, and 2 backward ones. The forward starts 3 or 4 rounds of them, which evens
+# out their ends and leaves some 20 windows to a program and its bias (128 rows of 32 x 32 tokens). The
+# backward starts one round: each of its programs writes a partial sum of 16 KiB for the bias.
 FORWARD_PROGRAMS = 12 * 132
 BACKWARD_PROGRAMS = 2 * 132
 TABLE_ENTRIES = 16  # rows of the bias table that a program of `bias_grad_kernel` sums
-
-
-def is_available(device: torch.device | str) -> bool:
-    """Whether the kernels run on `device`: CUDA with triton, or a CPU under Triton's interpreter."""
-    if find_spec("triton") is None:
-        return False
-    from triton import JITFunction
-
-    if isinstance(kernels.fwd_kernel, JITFunction):
-        return torch.device(device).type == "cuda" and torch.cuda.is_available()
-    return torch.device(device).type == "cpu"
 
 
 def accepts(window: tuple[int, int], head_dim: int) -> bool:

@@ -11,8 +11,8 @@ The cyclic shift and the cut into windows are the order in which it does so: a w
 
 So nothing is rolled or rearranged, and a token's 4d numbers move once: 3d in, d out. The backward moves 7d
 (qkv and dout in, dqkv out) and keeps nothing of the forward but qkv: a window's P is one tile, cheaper to
-compute again than to store statistics of, and the softmax's gradient takes its sum_j P_ij dP_ij from that tile
-rather than from out.
+compute again than to store statistics of, and the softmax's gradient takes its sum_j P_ij dP_ij from that
+tile, not from out.
 
 Grid: a program has one head and visits every `chunks`-th window of the batch. The heads of a chunk are
 neighbours, so that the programs which share the sectors of a token (a head of 20 channels has 40 bytes of its
@@ -205,7 +205,10 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
 
         p = _exp_logits(q, k, bias, region, scale, SHIFTED)
         p *= 1.0 / tl.sum(p, axis=1)[:, None]
+        # Each gradient is stored as soon as it is there, to hold the registers of one at a time.
         dv = tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision="tf32x3")
+        dq_ptrs = dqkv_ptr + batch * (height * width * 3 * D) + q_offsets
+        tl.store(dq_ptrs + 2 * D, dv.to(dqkv_ptr.dtype.element_ty), mask=mask)
         dp = tl.dot(dout, tl.trans(v), input_precision="tf32x3")
         # Queries beyond the window have dout = 0, keys beyond it p = 0: neither adds anything.
         dlogits = p * (dp - tl.sum(p * dp, axis=1)[:, None])
@@ -213,12 +216,9 @@ def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         dlogits *= scale * 0.6931471805599453  # back to head_dim^-0.5
         ds = dlogits.to(q.dtype)
         dq = tl.dot(ds, k, input_precision="tf32x3")
-        dk = tl.dot(tl.trans(ds), q, input_precision="tf32x3")
-
-        dq_ptrs = dqkv_ptr + batch * (height * width * 3 * D) + q_offsets
         tl.store(dq_ptrs, dq.to(dqkv_ptr.dtype.element_ty), mask=mask)
+        dk = tl.dot(tl.trans(ds), q, input_precision="tf32x3")
         tl.store(dq_ptrs + D, dk.to(dqkv_ptr.dtype.element_ty), mask=mask)
-        tl.store(dq_ptrs + 2 * D, dv.to(dqkv_ptr.dtype.element_ty), mask=mask)
 
     query = tl.arange(0, BLOCK_T)[:, None]
     key = tl.arange(0, BLOCK_T)[None, :]

@@ -293,11 +293,6 @@ def test_network_with_kernels_equals_the_network_with_torchs_attention(size: tup
     assert relative_rms(network(*inputs).sample, expected) < 2e-5  # as another batch size makes
 
 
-def test_is_available_refuses_a_cpu_without_the_interpreter() -> None:
-    assert window_attention.is_available("cuda") == torch.cuda.is_available()
-    assert not window_attention.is_available("meta")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
