@@ -1,8 +1,8 @@
 """(Shifted-)window attention with a relative position bias (Swin, Liu et al. 2021; paper section 3.1,
 equation 2).
 
-Windows and heads share one axis, so the bias and the shift mask broadcast over the batch and nothing is
-repeated.
+In torch's path windows and heads share one axis, so the bias and the shift mask broadcast over the batch and
+nothing is repeated. The kernels of `window_attention.py` compute the same in one pass over qkv.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.network import window_attention
 from model.network.geometry import GridGeometry
 
 
@@ -22,18 +23,29 @@ class WindowAttention(nn.Module):
         width: d, divisible by `num_heads`.
         window_size: side of the windows that the bias table is made for; a grid may use smaller ones.
         shifted: roll the grid by half a window first (every second block), where the grid shifts at all.
+
+    `use_kernels` is set by whoever loads the network (`LaMambaDiff.use_scan_backend`); windows that the
+    kernels do not accept stay torch's.
     """
 
     def __init__(self, width: int, *, num_heads: int, window_size: int, shifted: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.head_dim = width // num_heads
         self.shifted = shifted
+        self.use_kernels = False
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.relative_position_bias = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
 
     def forward(self, x: Tensor, geometry: GridGeometry) -> Tensor:
         assert geometry.window is not None
+        if self.use_kernels and window_attention.accepts(geometry.window, self.head_dim):
+            shift = geometry.shift if self.shifted else (0, 0)
+            x = window_attention.window_attention(
+                self.qkv(x), self.relative_position_bias, window=geometry.window, shift=shift
+            )
+            return self.proj(x)
         shift_rows, shift_columns = geometry.shift
         shifted = any(geometry.shift) and self.shifted
         if shifted:

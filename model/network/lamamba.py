@@ -19,6 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from model.config import LaMambaConfig, Stage
+from model.network.attention import WindowAttention
 from model.network.block import LaMambaBlock, modulate
 from model.network.embed import (
     LabelEmbedding,
@@ -145,11 +146,13 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             self.geometries[_geometry_key(height, width, divisor)] = geometry.to(self.position_embed.device)
 
     def use_scan_backend(self, backend: ScanBackend) -> None:
-        """Run the selective scans of all blocks with `backend` from now on."""
+        """Run the scans of all blocks with `backend` from now on, and their window attention as it says."""
         self._scan_backend = backend
         for module in self.modules():
             if isinstance(module, VisualStateSpace):
                 module.scan_backend = backend
+            elif isinstance(module, WindowAttention):
+                module.use_kernels = backend.attention_kernels
 
     @property
     def scan_backend(self) -> str:
