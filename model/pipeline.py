@@ -98,6 +98,8 @@ class LaMambaPipeline:
         labels = index.labels(network.architecture.num_classes)
         network = moved_network(network, device=device, dtype=dtype).eval().requires_grad_(False)
         network.use_scan_backend(backend)
+        if device.type == "cuda":
+            network.stack_conditioning()
         captured_steps = None
         if device.type == "cuda" and cuda_graphs:
             captured_steps = CapturedSteps(

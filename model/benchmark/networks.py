@@ -62,7 +62,9 @@ def build_lamamba(
     for name, parameter in network.named_parameters():
         if "modulation" in name:
             nn.init.normal_(parameter, std=0.02)
-    return _frozen(network, dtype)
+    frozen: LaMambaDiff = _frozen(network, dtype)
+    frozen.stack_conditioning()
+    return frozen
 
 
 def build_dit(preset: str, side: int, *, device: torch.device, dtype: torch.dtype) -> DiTTransformer2DModel:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from model.config import LaMambaConfig, Stage
 from model.network.attention import WindowAttention
 from model.network.block import LaMambaBlock, modulate
+from model.network.conditioning import ConditioningStack
 from model.network.embed import (
     LabelEmbedding,
     PatchEmbed,
@@ -71,6 +72,8 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         self.position_embed = nn.Parameter(position_table(architecture.grid_side, width))
         self._build_stages()
         self.final_layer = FinalLayer(architecture)
+
+        self._conditioning_stack: ConditioningStack | None = None
 
         self.geometries = nn.ModuleDict()
         self._initialize_weights()
@@ -169,7 +172,15 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             check_labels(class_labels, self.architecture.num_classes)
         t = timestep_rows(timestep, class_labels.shape[0], class_labels.device)
         c = self.timestep_embed(t) + self.label_embed(class_labels)  # (B, C)
+        if self._conditioning_stack is not None:
+            return self._conditioning_stack(c)
         return torch.cat([layer.adaln_vectors(c) for layer in self._conditioned_layers()], dim=-1)
+
+    def stack_conditioning(self) -> None:
+        """Have `conditioning` computed in a few products from now on: see `ConditioningStack`, also for what
+        ends it. For inference.
+        """
+        self._conditioning_stack = ConditioningStack(self._conditioned_layers())
 
     def _conditioned_layers(self) -> list[LaMambaBlock | FinalLayer]:
         """The layers that take AdaLN vectors, in the order of the forward."""

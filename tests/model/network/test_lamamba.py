@@ -81,6 +81,34 @@ def test_forward_takes_the_conditioning_in_place_of_timestep_and_labels(name: st
         network(latents)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_stacked_conditioning_is_the_conditioning(name: str) -> None:
+    network = load_golden(name).build()
+    names, num_bytes = (
+        list(network.state_dict()),
+        sum(p.untyped_storage().nbytes() for p in network.parameters()),
+    )
+    timesteps = torch.tensor([0.0, 500.5, 999.0])
+    labels = torch.tensor([0, 1, 2]).clamp_max(network.architecture.num_classes)
+    with torch.no_grad():
+        expected = network.conditioning(timesteps, labels)
+        network.stack_conditioning()
+        torch.testing.assert_close(network.conditioning(timesteps, labels), expected, rtol=1e-5, atol=1e-5)
+        assert list(network.state_dict()) == names
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage()
+            for t in (*network.parameters(), *network.buffers())
+        }
+        geometry = sum(b.untyped_storage().nbytes() for b in network.geometries.buffers())
+        assert sum(storage.nbytes() for storage in storages.values()) - geometry <= num_bytes
+        # New values reach the stack.
+        other = {key: value + 0.01 for key, value in network.state_dict().items()}
+        network.load_state_dict(other)
+        stacked = network.conditioning(timesteps, labels)
+        network._conditioning_stack = None
+        torch.testing.assert_close(stacked, network.conditioning(timesteps, labels), rtol=1e-5, atol=1e-5)
+
+
 def test_guided_forward_equals_the_authors_code() -> None:
     golden = load_golden("xl-like")
     half = len(golden.tensors["cfg.x"]) // 2
