@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from model.cuda_graph import CapturedStep
-from model.diffusion.step import DenoisingNetwork, StepBatch, denoise_step
+from model.diffusion.step import StepBatch
 
-__all__ = ["CAPTURED_SIZES", "CapturedSteps"]
+__all__ = ["CAPTURED_SIZES", "CapturedSteps", "StepFunction"]
 
 CAPTURED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Images of the captured steps. From 64 images on a GPU is busy without: larger batches run uncaptured."""
 
-Step = Callable[[], tuple[Tensor, Tensor]]
+StepFunction = Callable[[StepBatch], tuple[Tensor, Tensor]]
+_Launch = Callable[[], tuple[Tensor, Tensor]]
 
 
 class CapturedSteps:
-    """`denoise_step` of one network: a `StepBatch` in, latents and history out.
+    """`step`, the `denoise_step` of one network: a `StepBatch` in, latents and history out.
 
     For use by one thread at a time. A size is captured at its first use, which takes a few steps' time;
     `capture_all` does that before.
@@ -35,19 +36,15 @@ class CapturedSteps:
 
     def __init__(
         self,
-        network: DenoisingNetwork,
+        step: StepFunction,
         *,
         latent_shape: tuple[int, int, int],
-        null_label: int,
-        guidance_channels: int | None,
         device: torch.device,
         sizes: Sequence[int] = CAPTURED_SIZES,
     ) -> None:
-        self._step = partial(
-            denoise_step, network, null_label=null_label, guidance_channels=guidance_channels
-        )
+        self._step = step
         self._latent_shape, self._device, self._sizes = latent_shape, device, tuple(sorted(sizes))
-        self._captured: dict[tuple[int, bool], tuple[StepBatch, Step]] = {}
+        self._captured: dict[tuple[int, bool], tuple[StepBatch, _Launch]] = {}
         self._first: CapturedStep[tuple[Tensor, Tensor]] | None = None
 
     @torch.inference_mode()
@@ -73,13 +70,13 @@ class CapturedSteps:
             for guided in (True, False) if conditional else (False,):
                 self._captured_step(size, guided)
 
-    def _captured_step(self, size: int, guided: bool) -> tuple[StepBatch, Step]:
+    def _captured_step(self, size: int, guided: bool) -> tuple[StepBatch, _Launch]:
         if (size, guided) not in self._captured:
             held = self._empty_batch(size, guided)
             self._captured[size, guided] = held, self._capture(partial(self._step, held))
         return self._captured[size, guided]
 
-    def _capture(self, step: Step) -> Step:
+    def _capture(self, step: _Launch) -> _Launch:
         with torch.cuda.device(self._device):
             captured = CapturedStep(step, state=(), beside=self._first)
         self._first = self._first or captured

@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.autoencoder import Autoencoder, to_pixels
-from model.captured_steps import CapturedSteps
+from model.captured_steps import CapturedSteps, StepFunction
 from model.cpu_rows import RowThreads
 from model.device import resolve_device
 from model.diffusion.noise import gaussian_noise
@@ -30,6 +31,7 @@ from model.model_folder import (
     read_model_index,
     weights_hash,
 )
+from model.network.compiled_blocks import with_compiled_blocks
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
 
@@ -55,8 +57,8 @@ class LaMambaPipeline:
     dtype: torch.dtype
     row_threads: RowThreads | None = None
     """What shares the rows of a step; None runs them in one call."""
-    captured_steps: CapturedSteps | None = None
-    """The steps as CUDA graphs; None launches their kernels one by one."""
+    step_function: StepFunction | None = None
+    """`denoise_step` of the network as this device runs it fastest; None is the plain one."""
 
     @classmethod
     def load(
@@ -68,6 +70,7 @@ class LaMambaPipeline:
         scan_backend: str = "auto",
         num_row_threads: int = 1,
         cuda_graphs: bool = True,
+        compile: bool = False,
     ) -> LaMambaPipeline:
         """Load a model folder, or a hub id of one.
 
@@ -78,6 +81,7 @@ class LaMambaPipeline:
             num_row_threads: CPU threads that share the rows of a step; for programs that give torch one
                 thread (`torch.set_num_threads(1)`). Other devices do not use them.
             cuda_graphs: on CUDA, launch a denoising step as one CUDA graph.
+            compile: on CUDA, compile the blocks at the first steps: see `network.compiled_blocks`.
 
         Raises:
             ValueError: one line that names the folder and what does not fit.
@@ -98,17 +102,18 @@ class LaMambaPipeline:
         labels = index.labels(network.architecture.num_classes)
         network = moved_network(network, device=device, dtype=dtype).eval().requires_grad_(False)
         network.use_scan_backend(backend)
+        step: StepFunction | None = None
         if device.type == "cuda":
             network.stack_conditioning()
-        captured_steps = None
-        if device.type == "cuda" and cuda_graphs:
-            captured_steps = CapturedSteps(
+            step = partial(
+                denoise_step,
                 network,
-                latent_shape=_latent_shape(network),
                 null_label=network.null_label,
                 guidance_channels=index.guidance_channels,
-                device=device,
             )
+            step = with_compiled_blocks(network, step) if compile else step
+            if cuda_graphs:
+                step = CapturedSteps(step, latent_shape=_latent_shape(network), device=device)
         return cls(
             name=index.name,
             resolution=network.architecture.sample_size * autoencoder.downsampling,
@@ -122,13 +127,13 @@ class LaMambaPipeline:
             device=device,
             dtype=dtype,
             row_threads=RowThreads(num_row_threads) if device.type == "cpu" and num_row_threads > 1 else None,
-            captured_steps=captured_steps,
+            step_function=step,
         )
 
     def denoise_step(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """Next latents and history of the images of `batch`, as this device computes them fastest."""
-        if self.captured_steps is not None:
-            return self.captured_steps(batch)
+        if self.step_function is not None:
+            return self.step_function(batch)
         network = self.network if self.row_threads is None else self.row_threads.share(self.network)
         return denoise_step(
             network, batch, null_label=self.null_label, guidance_channels=self.guidance_channels
@@ -136,8 +141,8 @@ class LaMambaPipeline:
 
     def prepare_steps(self, *, max_images: int) -> None:
         """Make ready what `denoise_step` makes at the first step of each size, up to so many images."""
-        if self.captured_steps is not None:
-            self.captured_steps.capture_all(max_images=max_images, conditional=self.num_classes > 0)
+        if isinstance(self.step_function, CapturedSteps):
+            self.step_function.capture_all(max_images=max_images, conditional=self.num_classes > 0)
 
     @property
     def num_classes(self) -> int:

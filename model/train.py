@@ -43,6 +43,7 @@ from model.device import resolve_device
 from model.diffusion.loss import LossTables, diffusion_loss, q_sample
 from model.diffusion.schedule import NoiseSchedule
 from model.model_folder import load_network, local_folder, save_model_folder, write_json
+from model.network.compiled_blocks import with_compiled_blocks
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
 from model.progress import progress_display
@@ -55,7 +56,6 @@ logger = logging.getLogger(__name__)
 
 # Pixels encoded at a time: 256 images of 256 px, about 6 GB of activations in bf16.
 _ENCODING_PIXELS = 2**24
-_MAX_DISTINCT_BLOCKS = 64  # torch stops a program that compiles one function more often than 8 times
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that seeds and image counts never meet in one generator seed
 _SCALING_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -122,10 +122,7 @@ class Trainer:
             return self._mean_losses
         if self.config.compile == "full":
             return torch.compile(self._mean_losses, dynamic=False, fullgraph=True)
-        from torch._dynamo import config as dynamo_config  # seconds to import, like all of the compiler
-
-        self.network.compile_repeated_blocks(dynamic=False, fullgraph=True)
-        return dynamo_config.patch(recompile_limit=_MAX_DISTINCT_BLOCKS)(self._mean_losses)
+        return with_compiled_blocks(self.network, self._mean_losses, dynamic=False)
 
     def _learning_rate(self) -> float:
         peak, seen = self.config.learning_rate, self.images_seen + self.config.batch_size

@@ -58,6 +58,12 @@ def serve(
     scan_backend: Annotated[
         str | None, typer.Option(help="auto, reference, vectorized, mamba_cuda or triton.")
     ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="On CUDA, compile the network; slower start, faster steps."
+        ),
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Network rows a step; a guided image takes 2.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: the cgroup's quota.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
@@ -74,6 +80,7 @@ def serve(
             device=device,
             dtype=dtype,
             scan_backend=scan_backend,
+            compile=compile,
             max_rows=max_rows,
             num_threads=num_threads,
             log_level=log_level,

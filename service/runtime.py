@@ -184,6 +184,7 @@ class Runtime:
                     scan_backend=settings.scan_backend,
                     num_row_threads=settings.num_threads or available_cpu_threads(),
                     cuda_graphs=settings.cuda_graphs,
+                    compile=settings.compile,
                 )
             except ValueError as error:  # the pipeline's own words, which name the folder
                 raise StartupError(one_line(error)) from error

@@ -45,6 +45,11 @@ class Settings(BaseSettings):
         "auto", description="Implementation of the selective scan."
     )
     cuda_graphs: bool = Field(True, description="On CUDA, launch a denoising step as one CUDA graph.")
+    compile: bool = Field(
+        False,
+        description="On CUDA, compile the network: a slower start, faster steps. What is compiled is kept in "
+        "TORCHINDUCTOR_CACHE_DIR.",
+    )
     num_threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of the network; 0: as many as the cgroup's quota allows."
     )

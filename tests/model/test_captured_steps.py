@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,14 +66,8 @@ def _expected(network: LaMambaDiff, batch: StepBatch) -> tuple[Tensor, Tensor]:
 
 
 def _steps(network: LaMambaDiff, device: str) -> CapturedSteps:
-    return CapturedSteps(
-        network,
-        latent_shape=SHAPE,
-        null_label=NULL_LABEL,
-        guidance_channels=None,
-        device=torch.device(device),
-        sizes=(1, 2, 4),
-    )
+    step = partial(denoise_step, network, null_label=NULL_LABEL)
+    return CapturedSteps(step, latent_shape=SHAPE, device=torch.device(device), sizes=(1, 2, 4))
 
 
 @pytest.mark.parametrize("batches", BATCHES)

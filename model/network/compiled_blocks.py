@@ -1,0 +1,34 @@
+"""The network's blocks through torch.compile: each kind of block once for all blocks of it.
+
+A block's kind is its width, grid and shift. XL has five, which take a minute or more, where the whole network
+of 22 blocks would take several. The compiler keeps its results in TORCHINDUCTOR_CACHE_DIR: with a folder that
+lasts, the next start is several times faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from model.network.lamamba import LaMambaDiff
+
+__all__ = ["with_compiled_blocks"]
+
+# Kinds of blocks times shapes of the batch: torch stops a program that compiles a function more than 8 times.
+_MAX_COMPILED_KINDS = 64
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def with_compiled_blocks(
+    network: LaMambaDiff, function: Function, *, dynamic: bool | None = None
+) -> Function:
+    """Have the blocks of `network` compiled at their first call, and `function`, which runs it, allow that.
+
+    `dynamic`: False compiles each batch size by itself; None, from the second size on, once for all others.
+    """
+    from torch._dynamo import config as dynamo_config  # seconds to import, like all of the compiler
+
+    network.compile_repeated_blocks(dynamic=dynamic, fullgraph=True)
+    patched: Function = dynamo_config.patch(recompile_limit=_MAX_COMPILED_KINDS)(function)
+    return patched
