@@ -8,6 +8,7 @@ that fill it up change nothing in the others.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
@@ -23,6 +24,10 @@ __all__ = ["CAPTURED_SIZES", "CapturedSteps", "StepFunction"]
 CAPTURED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Images of the captured steps. From 64 images on a GPU is busy without: larger batches run uncaptured."""
 
+# From so many rows on XL's kernels take as long as their launches: a graph must not cost many more rows then.
+_BUSY_ROWS = 40
+_MOST_FILLED_UP = 1.2
+
 StepFunction = Callable[[StepBatch], tuple[Tensor, Tensor]]
 _Launch = Callable[[], tuple[Tensor, Tensor]]
 
@@ -30,7 +35,7 @@ _Launch = Callable[[], tuple[Tensor, Tensor]]
 class CapturedSteps:
     """`step`, the `denoise_step` of one network: a `StepBatch` in, latents and history out.
 
-    For use by one thread at a time. A size is captured at its first use, which takes a few steps' time;
+    A size is captured at its first use, which takes a few steps' time;
     `capture_all` does that before.
     """
 
@@ -45,19 +50,21 @@ class CapturedSteps:
         self._step = step
         self._latent_shape, self._device, self._sizes = latent_shape, device, tuple(sorted(sizes))
         self._captured: dict[tuple[int, bool], tuple[StepBatch, _Launch]] = {}
+        self._lock = threading.Lock()
         self._first: CapturedStep[tuple[Tensor, Tensor]] | None = None
 
     @torch.inference_mode()
     def __call__(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """What `denoise_step` returns, (images, C, H, W) fp32 each, in tensors of their own."""
-        num_images, guided = batch.latents.shape[0], batch.guided.shape[0] > 0
+        num_images, num_guided = batch.latents.shape[0], batch.guided.shape[0]
         size = next((size for size in self._sizes if size >= num_images), None)
-        if size is None:
+        if size is None or _costs_more(num_images + num_guided, size * (2 if num_guided else 1)):
             return self._step(batch)
-        held, step = self._captured_step(size, guided)
-        _fill(held, batch)
-        latents, history = step()
-        return latents[:num_images].clone(), history[:num_images].clone()
+        with self._lock:  # of the tensors that all batches of a size pass through
+            held, step = self._captured_step(size, num_guided > 0)
+            _fill(held, batch)
+            latents, history = step()
+            return latents[:num_images].clone(), history[:num_images].clone()
 
     @torch.inference_mode()
     def capture_all(self, *, max_images: int, conditional: bool) -> None:
@@ -96,6 +103,11 @@ class CapturedSteps:
             guided=torch.arange(size if guided else 0, device=self._device),
             noise=images[2],
         )
+
+
+def _costs_more(rows: int, filled_up: int) -> bool:
+    """Whether the rows that fill a batch up take longer than the launches that a graph saves."""
+    return rows > _BUSY_ROWS and filled_up > _MOST_FILLED_UP * rows
 
 
 def _fill(held: StepBatch, batch: StepBatch) -> None:

@@ -218,7 +218,7 @@ def _ready_step(run: _Run, places: Places) -> Callable[[], Tensor]:
         loss.backward()
         for optimizer in run.optimizers:
             optimizer.step()
-        return torch.cat((terms, run.optimizers[0].skipped[None]))
+        return torch.cat((terms, torch.stack([o.skipped for o in run.optimizers]).amax(dim=0, keepdim=True)))
 
     if run.captured:
         return CapturedStep(step, run.state())

@@ -1,8 +1,8 @@
 """The network's blocks through torch.compile: each kind of block once for all blocks of it.
 
-A block's kind is its width, grid and shift. XL has five, which take a minute or more, where the whole network
-of 22 blocks would take several. The compiler keeps its results in TORCHINDUCTOR_CACHE_DIR: with a folder that
-lasts, the next start is several times faster.
+A block's kind is its width, grid and shift, and how the kernels cut a batch of its size: six kinds of XL's 22
+blocks, each compiled for a few ranges of batch sizes, which takes minutes. The compiler keeps its results in
+TORCHINDUCTOR_CACHE_DIR: with a folder that lasts, the next start is several times faster.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from model.network.lamamba import LaMambaDiff
 
 __all__ = ["with_compiled_blocks"]
 
-# Kinds of blocks times shapes of the batch: torch stops a program that compiles a function more than 8 times.
-_MAX_COMPILED_KINDS = 64
+# Of all models of a program: torch stops one that compiles a function more than 8 times. Two XL networks, for
+# 256 and 512 px, come to 74.
+_MAX_COMPILED_KINDS = 256
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -30,5 +31,7 @@ def with_compiled_blocks(
     from torch._dynamo import config as dynamo_config  # seconds to import, like all of the compiler
 
     network.compile_repeated_blocks(dynamic=dynamic, fullgraph=True)
-    patched: Function = dynamo_config.patch(recompile_limit=_MAX_COMPILED_KINDS)(function)
+    patched: Function = dynamo_config.patch(
+        recompile_limit=_MAX_COMPILED_KINDS, accumulated_recompile_limit=4 * _MAX_COMPILED_KINDS
+    )(function)
     return patched

@@ -21,6 +21,8 @@ from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from service.engine.decode import Decoder
 from service.engine.request import GenerationRequest, ImageJob, Ticket
 from service.engine.runner import Runner
@@ -210,6 +212,8 @@ class Engine:
         """Run the step; where it raises, run its images one by one, so that only the culprit fails."""
         try:
             self._runners[plan.lane].step(plan.jobs)
+        except torch.AcceleratorError:  # after it every call on the device fails: only a restart helps
+            raise
         except Exception as error:  # whatever one image's step raises is that image's failure alone
             if len(plan.jobs) == 1:
                 return {plan.jobs[0]: error}

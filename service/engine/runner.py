@@ -50,7 +50,6 @@ class Runner:
             self._latents = torch.zeros(shape, device=self._device)  # (S, C, H, W)
             self._history = torch.zeros(shape, device=self._device)  # (S, C, H, W)
         self._all_sizes = self._device.type == "cuda"
-        self._step_done: torch.cuda.Event | None = None
 
     @torch.inference_mode()
     def step(self, jobs: Sequence[ImageJob]) -> None:
@@ -64,7 +63,7 @@ class Runner:
         latents, history = self._pipeline.denoise_step(batch)
         self._latents[slots] = latents
         self._history[slots] = history
-        self._limit_run_ahead()
+        self._wait_for_step()
 
     @torch.inference_mode()
     def take(self, jobs: Sequence[ImageJob]) -> FinishedLatents:
@@ -161,15 +160,15 @@ class Runner:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _limit_run_ahead(self) -> None:
-        """Wait for the step before this one: the launch of a step overlaps the one that runs, and no more.
+    def _wait_for_step(self) -> None:
+        """Wait until the device is done: the engine charges a model with the time that its steps take.
 
-        Without it the host would queue whole requests on the device, and a new one could not join at the
-        next step.
+        It costs no overlap. Handing over a step's numbers waits for the step before it as it is, so without
+        this that time would be charged to whichever model steps next.
         """
-        before, self._step_done = self._step_done, self._record_event()
-        if before is not None:
-            before.synchronize()
+        done = self._record_event()
+        if done is not None:
+            done.synchronize()
 
 
 def _warm_up_steps(max_rows: int, *, conditional: bool, all_ends: bool) -> list[tuple[int, bool]]:

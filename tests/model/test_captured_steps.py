@@ -103,6 +103,20 @@ def test_a_size_is_captured_once_and_in_advance(
     assert len(captured) == 6
 
 
+def test_a_step_that_would_be_mostly_filling_runs_uncaptured(
+    network: LaMambaDiff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = []
+    monkeypatch.setattr(CapturedSteps, "_capture", lambda self, step: captured.append(step) or step)
+    monkeypatch.setattr("model.captured_steps._BUSY_ROWS", 3)
+    steps = _steps(network, "cpu")
+    batch = _batch(4, [1])  # 5 rows; its graph has 8
+    torch.testing.assert_close(steps(batch), _expected(network, batch))
+    assert captured == []
+    steps(_batch(4, [0, 1, 2, 3]))
+    assert len(captured) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("batches", BATCHES)

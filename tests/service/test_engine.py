@@ -284,13 +284,16 @@ def test_engine_stop_answers_whatever_is_left(engine_of: EngineFactory) -> None:
         engine.submit(REQUEST)
 
 
-def test_engine_a_dead_thread_answers_everyone_and_says_so(engine_of: EngineFactory) -> None:
+@pytest.mark.parametrize("error", [SystemExit(), torch.AcceleratorError("device-side assert triggered")])
+def test_engine_a_dead_thread_answers_everyone_and_says_so(
+    engine_of: EngineFactory, error: BaseException
+) -> None:
     pipeline = fake_pipeline()
     engine = engine_of(pipeline)
     assert engine.alive
 
     def die() -> None:
-        raise SystemExit
+        raise error
 
     network: Any = pipeline.network
     network.before_call = die
