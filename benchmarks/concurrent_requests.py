@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.server import RunningServer, running_server
 from model.benchmark.environment import RESULTS, write_results
-from model.cpu_memory import keep_freed_memory
+from model.cpu_rows import prepare_process
 from model.cpu_threads import available_cpu_threads
 from model.diffusion.samplers import SAMPLERS
 from model.images import read_metadata
@@ -192,8 +192,7 @@ def main() -> None:
     folders = arguments.models or [default_model_dir(resolution) for resolution in PRETRAINED_RESOLUTIONS]
 
     load = os.getloadavg()[0]
-    torch.set_num_threads(1)  # as `lamamba` does: see `model.cpu_rows`
-    keep_freed_memory()
+    prepare_process()  # as `lamamba` does
     loaded = [LaMambaPipeline.load(folder, device="cpu", dtype=torch.float32) for folder in folders]
     pipelines = {pipeline.resolution: pipeline for pipeline in loaded}
     num_classes = min(pipeline.num_classes for pipeline in loaded)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.server import running_server
 from model.benchmark.environment import RESULTS, write_results
-from model.cpu_memory import keep_freed_memory
+from model.cpu_rows import prepare_process
 from model.cpu_threads import available_cpu_threads
 from model.network.scan import ScanBackend, resolve_scan_backend
 from model.network.scan.paths import scan_paths
@@ -229,8 +229,7 @@ def main() -> None:
     folders = arguments.models or [default_model_dir(resolution) for resolution in PRETRAINED_RESOLUTIONS]
 
     load = os.getloadavg()[0]
-    torch.set_num_threads(1)  # as `lamamba` does: see `model.cpu_rows`
-    keep_freed_memory()
+    prepare_process()  # as `lamamba` does
     results: dict[str, Any] = {"row_threads": available_cpu_threads(), "load_average_before": round(load, 2)}
     results["images"] = [time_images(folder, arguments.repeats) for folder in folders]
     results["scan"] = time_scans(arguments.repeats)

@@ -125,15 +125,13 @@ def _check_numbers(
 def _load(
     model: str | None, resolution: int | None, device: str | None, scan_backend: str
 ) -> LaMambaPipeline:
-    import torch
 
-    from model.cpu_memory import keep_freed_memory
+    from model.cpu_rows import prepare_process
     from model.cpu_threads import available_cpu_threads
     from model.pipeline import LaMambaPipeline
     from model.pretrained import default_model_dir
 
-    torch.set_num_threads(1)  # the rows of a step share the threads, see `model.cpu_rows`
-    keep_freed_memory()
+    prepare_process()
     folder = model if model is not None else default_model_dir(resolution or 128)
     try:
         pipeline = LaMambaPipeline.load(

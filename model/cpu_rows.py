@@ -4,7 +4,7 @@ Torch shares single operations among its threads, which meet a thousand times in
 On a machine with nothing else to do that gains little (one 128 px image, two cores: 0.49 s, one thread:
 0.43 s), and where anything else runs, each meeting may wait a turn of the scheduler (20 s). Rows do not
 depend on each other: threads that take rows meet once a step, and a program that uses this gives torch one
-thread an operation (`torch.set_num_threads(1)`).
+thread an operation (`prepare_process`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,25 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
+from model.cpu_memory import keep_freed_memory
+
 if TYPE_CHECKING:
     from model.diffusion.step import DenoisingNetwork, DenoisingOutput
 
-__all__ = ["RowThreads"]
+__all__ = ["RowThreads", "prepare_process"]
 
 # With fewer latent pixels a thread, Python's own work, which only one thread at a time does, is the larger
 # part (measured with the shipped networks on two cores).
 _MIN_LATENT_PIXELS: Final = 1024
+
+
+def prepare_process() -> None:
+    """Give torch one thread an operation and keep freed memory, which steps on a CPU are fastest with.
+
+    For programs, not for libraries: call it once, before the first large tensor.
+    """
+    torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 class RowThreads:

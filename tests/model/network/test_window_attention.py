@@ -8,7 +8,6 @@ and their indices; the `gpu` tests guard what the compiler makes of them.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +23,7 @@ from model.network.attention import WindowAttention
 from model.network.geometry import GridGeometry
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import ScanBackend, vectorized
+from tests.triton_interpreter import interpret_kernels
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -113,34 +113,7 @@ def _dtypes(*dtypes: torch.dtype) -> Any:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels in Triton's interpreter.
-
-    Triton decides on its interpreter (TRITON_INTERPRET) while it is imported, and by the time that this file
-    is, some other import may have done so. So the kernels are handed over one by one, as `triton.jit` would.
-    """
-    import triton
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    for name, kernel in inspect.getmembers(
-        window_attention_kernels, lambda member: isinstance(member, triton.JITFunction)
-    ):
-        monkeypatch.setattr(window_attention_kernels, name, interpreter.InterpretedFunction(kernel.fn))
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
-    if isinstance(tl.sum, triton.JITFunction):
-        add, maximum = tl.standard._sum_combine, tl.standard._elementwise_max
-        monkeypatch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, add))
-        monkeypatch.setattr(tl, "max", lambda x, axis: tl.reduce(x, axis, maximum))
-        monkeypatch.setattr(tl, "zeros", lambda shape, dtype: tl.full(shape, 0, dtype))
-
-
-def _dot(builder: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
-    """The interpreter's matrix product, also of bfloat16, whose bits it would multiply as integers."""
-    import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle
-
-    a, b = (builder.create_fp_ext(x, tl.float32) if x.dtype != tl.float32 else x for x in (a, b))
-    return TensorHandle(a.data @ b.data + sums.data, sums.dtype.scalar)
+    interpret_kernels(window_attention_kernels, monkeypatch)
 
 
 def relative_rms(value: Tensor, expected: Tensor) -> float:

@@ -7,7 +7,6 @@ and their masks; the `gpu` tests guard what the compiler makes of them.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from model.network.scan import reference, triton_kernels, triton_scan
 from model.network.scan.paths import scan_paths
+from tests.triton_interpreter import interpret_kernels
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -137,39 +137,10 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels in Triton's interpreter.
-
-    Triton decides on its interpreter (TRITON_INTERPRET) while it is imported, and by the time that this file
-    is, some other import may have done so. So the kernels are handed over one by one, as `triton.jit` would.
-    """
-    import triton
-    import triton.language as tl
     from triton.runtime import interpreter
 
-    for name, kernel in inspect.getmembers(
-        triton_kernels, lambda member: isinstance(member, triton.JITFunction)
-    ):
-        monkeypatch.setattr(triton_kernels, name, interpreter.InterpretedFunction(kernel.fn))
+    interpret_kernels(triton_kernels, monkeypatch)
     monkeypatch.setattr(interpreter.ScanOps, "generic_scan", _scan_by_rows)
-    dot = interpreter.InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder,
-        "create_dot",
-        lambda self, a, b, *others: dot(self, _widened(a), _widened(b), *others),
-    )
-    if isinstance(tl.sum, triton.JITFunction):
-        add = tl.standard._sum_combine
-        monkeypatch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, add))
-        monkeypatch.setattr(tl, "zeros", lambda shape, dtype: tl.full(shape, 0, dtype))
-
-
-def _widened(operand: Any) -> Any:
-    """A bf16 operand of a dot product in fp32: the interpreter would multiply the integers of its bits."""
-    from triton.runtime.interpreter import TensorHandle, tl
-
-    if operand.dtype.scalar != tl.bfloat16:
-        return operand
-    return TensorHandle((operand.data.astype("uint32") << 16).view("float32"), tl.float32)
 
 
 def _scan_by_rows(self: Any, inputs: Any) -> list[Any]:
