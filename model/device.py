@@ -6,7 +6,7 @@ import re
 
 import torch
 
-__all__ = ["resolve_device"]
+__all__ = ["make_current", "resolve_device"]
 
 _NAME = re.compile(r"cpu|cuda(?::(0|[1-9][0-9]{0,3}))?")
 
@@ -26,3 +26,9 @@ def resolve_device(name: torch.device | str | None = None) -> torch.device:
         offered = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
         raise ValueError(f"device: {str(name)!r} given; this machine offers {offered}")
     return torch.device(name)
+
+
+def make_current(device: torch.device) -> None:
+    """Have streams, graphs and kernels that name no device go to `device`; "cuda" is the current one."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)

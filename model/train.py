@@ -39,7 +39,7 @@ from model.checkpoint import load_newest_state, save_state
 from model.cuda_graph import CapturedStep
 from model.data.latents import LatentCache, places_latents
 from model.data.places import Places
-from model.device import resolve_device
+from model.device import make_current, resolve_device
 from model.diffusion.loss import LossTables, diffusion_loss, q_sample
 from model.diffusion.schedule import NoiseSchedule
 from model.model_folder import load_network, local_folder, save_model_folder, write_json
@@ -157,6 +157,7 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
     exit code 130 or 143. A second one ends it at once.
     """
     device = resolve_device(device)
+    make_current(device)
     output_dir = Path(config.output_dir)
     started = time.monotonic()
     state = load_newest_state(output_dir / "states")

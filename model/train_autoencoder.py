@@ -35,6 +35,7 @@ from model.averaged_adamw import AveragedAdamW
 from model.checkpoint import load_newest_state, save_state
 from model.cuda_graph import CapturedStep, restored
 from model.data.places import Places
+from model.device import make_current, resolve_device
 from model.evaluate_autoencoder import (
     latent_statistics,
     normalise_latents,
@@ -186,7 +187,8 @@ class _Run:
 
 def train(config: AutoencoderTrainingConfig, output_dir: Path, device: torch.device | str) -> dict[str, Any]:
     """Run, or go on with the run that `output_dir` holds; returns what metrics.json says."""
-    device = torch.device(device)
+    device = resolve_device(device)
+    make_current(device)
     output_dir.mkdir(parents=True, exist_ok=True)
     run = _Run(config, output_dir, device)
     (output_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")

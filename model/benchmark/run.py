@@ -21,6 +21,7 @@ from model.benchmark.kernels import kernel_table
 from model.benchmark.networks import DTYPES
 from model.benchmark.scans import measure_scans
 from model.benchmark.summary import summary
+from model.device import make_current
 
 __all__ = ["compile_cache", "run_model_benchmark"]
 
@@ -52,8 +53,7 @@ def run_model_benchmark(
     """
     started = time.monotonic()
     deadline = started + (config.max_seconds or math.inf)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    make_current(device)
     path = output_dir / f"{name or f'model-{device_slug(device)}'}.json"
     with torch.inference_mode(), compile_cache(cache):
         ceilings = measure_ceilings(device, DTYPES[config.numerics])
@@ -81,7 +81,7 @@ def run_model_benchmark(
                 "summary": summary(rows),
             }
             write_json(path, content)
-    _write_profiles(path, forwards.profiles)
+            _write_profiles(path, forwards.profiles)
     return path, content
 
 

@@ -29,6 +29,7 @@ from model.benchmark.networks import DTYPES, DiTSize, EmbeddedOnce, build_dit, b
 from model.benchmark.run import compile_cache
 from model.benchmark.timing import release
 from model.cuda_graph import CapturedStep
+from model.device import make_current
 from model.diffusion.noise import gaussian_noise
 from model.diffusion.samplers import SAMPLERS, SamplerTable, sampler_table
 from model.diffusion.schedule import NoiseSchedule
@@ -163,8 +164,7 @@ def run_images_benchmark(
 ) -> tuple[Path, dict[str, Any]]:
     """Measure what `config` says; the results file, written again after every shape, and its content."""
     path = output_dir / f"{name or f'images-{device_slug(device)}'}.json"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    make_current(device)
     rows: list[dict[str, Any]] = []
     content: dict[str, Any] = {}
     with torch.inference_mode(), compile_cache(cache):

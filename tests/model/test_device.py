@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.device import resolve_device
+from model.device import make_current, resolve_device
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, num_gpus: int) -> None:
@@ -49,3 +49,17 @@ def test_resolve_device_refuses_with_what_is_accepted(
     offer(monkeypatch, num_gpus)
     with pytest.raises(ValueError, match=f"{message}$"):
         resolve_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("cpu", []), ("cuda", []), ("cuda:1", [torch.device("cuda:1")])], ids=str
+)
+def test_make_current_leaves_the_current_device_to_a_name_without_number(
+    monkeypatch: pytest.MonkeyPatch, name: str, chosen: list[torch.device]
+) -> None:
+    calls: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+
+    make_current(torch.device(name))
+
+    assert calls == chosen
