@@ -98,7 +98,7 @@ def _forward(qkv: Tensor, table: Tensor, window: Sequence[int], shift: Sequence[
     out = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
     launch = _Launch.of(qkv, table, window, shift, programs=FORWARD_PROGRAMS)
     with torch.cuda.device_of(qkv):
-        kernels.fwd_kernel[(launch.chunks * table.shape[1],)](
+        kernels.window_attention_fwd_kernel[(launch.chunks * table.shape[1],)](
             *(qkv, table, out), launch.num_windows, *qkv.shape[1:3], launch.scale, **launch.options
         )
     return out
@@ -122,7 +122,7 @@ def _backward(
     dtable = torch.empty_like(table, dtype=torch.float32)
     dbias = table.new_empty((launch.chunks, num_heads, block_t, block_t), dtype=torch.float32)
     with torch.cuda.device_of(qkv):
-        kernels.bwd_kernel[(launch.chunks * num_heads,)](
+        kernels.window_attention_bwd_kernel[(launch.chunks * num_heads,)](
             *(qkv, table, dout, dqkv, dbias),
             *(launch.num_windows, *qkv.shape[1:3], launch.scale),
             **launch.options,

@@ -113,7 +113,7 @@ def _exp_logits(  # type: ignore[no-untyped-def]  # kernel
 
 
 @jit
-def fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
+def window_attention_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     qkv_ptr,  # (batch, height, width, 3 * HEADS * HEAD_DIM)
     table_ptr,  # ((2 TABLE_WINDOW - 1)^2, HEADS)
     out_ptr,  # (batch, height, width, HEADS * HEAD_DIM)
@@ -158,7 +158,7 @@ def fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
 
 
 @jit
-def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
+def window_attention_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     qkv_ptr,  # (batch, height, width, 3 * HEADS * HEAD_DIM)
     table_ptr,  # ((2 TABLE_WINDOW - 1)^2, HEADS)
     dout_ptr,  # (batch, height, width, HEADS * HEAD_DIM)

@@ -160,7 +160,7 @@ def _with_state(states, n, state, D_STATE: tl.constexpr):  # type: ignore[no-unt
 
 
 @jit
-def fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
+def selective_scan_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     u_ptr,
     dt_ptr,  # (batch, length, directions, rank)
     weight_ptr,  # (directions, d_inner, rank)
@@ -294,7 +294,7 @@ def fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
 
 
 @jit
-def bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
+def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     u_ptr,
     dt_ptr,  # (batch, length, directions, rank)
     weight_ptr,  # (directions, d_inner, rank)

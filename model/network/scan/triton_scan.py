@@ -35,7 +35,7 @@ def is_available(device: torch.device | str) -> bool:
         return False
     from triton import JITFunction
 
-    if isinstance(triton_kernels.fwd_kernel, JITFunction):
+    if isinstance(triton_kernels.selective_scan_fwd_kernel, JITFunction):
         return torch.device(device).type == "cuda" and torch.cuda.is_available()
     return torch.device(device).type == "cpu"
 
@@ -173,7 +173,7 @@ def _forward(
         *(*u.stride()[:2], dt.stride(0), *B.stride(), *C.stride()),
     )
     with torch.cuda.device_of(u):
-        triton_kernels.fwd_kernel[(grid.num_programs,)](
+        triton_kernels.selective_scan_fwd_kernel[(grid.num_programs,)](
             *arguments,
             **grid.options(dt, d_state),
             **_register_limit(grid, dt),
@@ -242,9 +242,10 @@ def _backward(
     states: Tensor,
     dy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Partial gradients of u, delta (before bias), A, B, C, D, delta_bias, shaped as `bwd_kernel` says.
+    """Partial gradients of u, delta (before bias), A, B, C, D, delta_bias.
 
-    Left to add: u's over directions, A's, D's and delta_bias's over batch rows, B's and C's over blocks.
+    Shaped as `selective_scan_bwd_kernel` says. Left to add: u's over directions, A's, D's and delta_bias's
+    over batch rows, B's and C's over blocks.
     """
     u, dt, dy = _unit_stride(u), _unit_stride(dt), dy.contiguous()
     grid, d_state = _Grid.of(u, dt, A, paths, backward=True), A.shape[2]
@@ -266,7 +267,9 @@ def _backward(
         *(*u.stride()[:2], dt.stride(0), *B.stride(), *C.stride()),
     )
     with torch.cuda.device_of(u):
-        triton_kernels.bwd_kernel[(grid.num_programs,)](*arguments, **grid.options(dt, d_state))
+        triton_kernels.selective_scan_bwd_kernel[(grid.num_programs,)](
+            *arguments, **grid.options(dt, d_state)
+        )
     return gradients
 
 
