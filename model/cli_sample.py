@@ -125,7 +125,6 @@ def _check_numbers(
 def _load(
     model: str | None, resolution: int | None, device: str | None, scan_backend: str
 ) -> LaMambaPipeline:
-
     from model.cpu_rows import prepare_process
     from model.cpu_threads import available_cpu_threads
     from model.pipeline import LaMambaPipeline

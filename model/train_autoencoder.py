@@ -185,7 +185,9 @@ class _Run:
         logger.info("resumed at step %d, %.1f s, %d images", self.step, self.seconds, self.images)
 
 
-def train(config: AutoencoderTrainingConfig, output_dir: Path, device: torch.device | str) -> dict[str, Any]:
+def train(
+    config: AutoencoderTrainingConfig, output_dir: Path, device: torch.device | str | None = None
+) -> dict[str, Any]:
     """Run, or go on with the run that `output_dir` holds; returns what metrics.json says."""
     device = resolve_device(device)
     make_current(device)
@@ -343,7 +345,7 @@ def main(
     output_dir: Annotated[Path, typer.Option(help="folder of the run; one that holds a run is gone on with")],
     max_seconds: Annotated[float, typer.Option(help="training time")] = 450.0,
     max_images: Annotated[int | None, typer.Option(help="end after so many images instead")] = None,
-    device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda" if torch.cuda.is_available() else "cpu",
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; by default CUDA if there")] = None,
     compile: Annotated[bool, typer.Option(help="torch.compile the step")] = True,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="any other field of the config, NAME=VALUE; repeatable")
