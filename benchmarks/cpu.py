@@ -151,7 +151,7 @@ def scan_arguments(d_state: int) -> list[Tensor]:
         normal(1, length, SCAN_WIDTH),
         normal(1, length, directions, SCAN_RANK),
         normal(directions, SCAN_WIDTH, SCAN_RANK) * SCAN_RANK**-0.5,
-        -torch.exp(normal(directions, SCAN_WIDTH, d_state)),
+        normal(directions, SCAN_WIDTH, d_state),
         normal(1, length, directions, d_state),
         normal(1, length, directions, d_state),
         normal(directions, SCAN_WIDTH),

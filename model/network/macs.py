@@ -235,12 +235,14 @@ def _count_macs(network: LaMambaDiff) -> MacCount:
 def _counting_scan(counts: list[int]) -> Callable[..., Tensor]:
     """A scan backend that projects dt and appends what else it would compute to `counts`."""
 
-    def selective_scan(u: Tensor, dt: Tensor, dt_proj_weight: Tensor, A: Tensor, *others: Tensor) -> Tensor:
+    def selective_scan(
+        u: Tensor, dt: Tensor, dt_proj_weight: Tensor, A_log: Tensor, *others: Tensor
+    ) -> Tensor:
         project_dt(dt, dt_proj_weight)
-        _, d_inner, d_state = A.shape
+        _, d_inner, d_state = A_log.shape
         paths = others[-1]  # (directions, path_length)
         counts.append(_SCAN_MACS * len(u) * paths.numel() * d_inner * d_state)
-        return torch.empty_like(u, dtype=torch.float32)
+        return torch.empty_like(u, dtype=torch.float32).unsqueeze(2)
 
     return selective_scan
 

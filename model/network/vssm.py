@@ -65,7 +65,8 @@ class VisualStateSpace(nn.Module):
     def forward(self, x: Tensor, geometry: GridGeometry) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, d_inner) each
         u = F.silu(self.conv(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, H, W, d_inner)
-        y = self._scan(u.flatten(1, 2), geometry)  # (B, L, d_inner) fp32
+        y = self._scan(u.flatten(1, 2), geometry)  # (B, L, groups, d_inner)
+        y = y.squeeze(2) if y.shape[2] == 1 else y.sum(2, dtype=torch.float32)
         norm = self.out_norm
         y = F.layer_norm(
             y, norm.normalized_shape, norm.weight.to(y.dtype), norm.bias.to(y.dtype), norm.eps
@@ -80,10 +81,10 @@ class VisualStateSpace(nn.Module):
             u,
             dt,
             self.dt_proj_weight,
-            -torch.exp(self.A_log.float()),
+            self.A_log,
             B,
             C,
-            self.D.float(),
-            self.dt_proj_bias.float(),
+            self.D,
+            self.dt_proj_bias,
             geometry.paths,
         )

@@ -139,7 +139,7 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, delta_bias, paths, states = ctx.saved_tensors
         length, (directions, d_inner, _) = u.shape[1], A.shape
-        dy = grad_y.to(u.dtype).unsqueeze(2).expand(-1, -1, directions, -1)
+        dy = grad_y.to(u.dtype).expand(-1, -1, directions, -1)
         dy = _gather(dy, paths).flatten(1, 2)
         inputs = _kernel_inputs(u, delta, A, B, C, D, delta_bias, paths)
         du, ddelta, dA, dB, dC, dD, dbias = _backward(*inputs, states, dy)
@@ -157,16 +157,16 @@ class _SelectiveScan(torch.autograd.Function):
 
 
 def _merge(y: Tensor, u: Tensor, paths: Tensor) -> Tensor:
-    """The directions' y at their tokens, summed in fp32: `(batch, length, d_inner)`."""
+    """The directions' y at their tokens, summed in fp32: `(batch, length, 1, d_inner)`."""
     y = rearrange(y, "b (k c) l -> b k c l", k=len(paths))
-    return _scatter(y, paths, u.shape[1]).sum(2, dtype=torch.float32)
+    return _scatter(y, paths, u.shape[1]).sum(2, keepdim=True, dtype=torch.float32)
 
 
 def selective_scan(
     u: Tensor,
     dt: Tensor,
     dt_proj_weight: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
@@ -179,8 +179,9 @@ def selective_scan(
 
     Raises ValueError for more states than the kernels hold.
     """
-    if A.shape[2] > MAX_STATE:
-        raise ValueError(f"d_state: {A.shape[2]} given; mamba-ssm's kernels accept 1 to {MAX_STATE}")
+    if A_log.shape[2] > MAX_STATE:
+        raise ValueError(f"d_state: {A_log.shape[2]} given; mamba-ssm's kernels accept 1 to {MAX_STATE}")
+    A, D, delta_bias = -torch.exp(A_log.float()), D.float(), delta_bias.float()
     delta = project_dt(dt, dt_proj_weight)
     inputs = (u, delta, A, B, C, D, delta_bias, paths)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):

@@ -4,7 +4,7 @@ tokens.
 Per direction k, channel and state, with token l the one that the path visits at its step, from h = 0:
 
     step = softplus(dt_proj_weight @ dt_l + delta_bias)
-    h    = exp(step * A) * h + step * B_l * u_l
+    h    = exp(step * A) * h + step * B_l * u_l,   A = -exp(A_log)
     y_l  = y_l + sum_n C_l[n] * h[n] + D * u_l
 
 This is the oracle of every other backend and of the gradients (autograd through the loop). It computes in
@@ -22,21 +22,23 @@ def selective_scan(
     u: Tensor,
     dt: Tensor,
     dt_proj_weight: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
     delta_bias: Tensor,
     paths: Tensor,
 ) -> Tensor:
-    """The sum over directions of each token's scan output, `(batch, length, d_inner)` in fp32 (float64 if
-    given).
+    """Each token's scan output, `(batch, length, groups, d_inner)`: what groups of directions add up to.
+
+    Their sum over the groups is y. It is left to whoever reads it, who should take it in fp32: a backend may
+    give one group in fp32, as this one does (float64 if given), or more in u's dtype.
 
     Args:
         u: `(batch, length, d_inner)`, tokens in row-major order (no backend wants them permuted).
         dt: `(batch, length, directions, rank)`, the step size's low-rank form.
         dt_proj_weight: `(directions, d_inner, rank)`, which projects it to the channels.
-        A: `(directions, d_inner, d_state)`, negative.
+        A_log: `(directions, d_inner, d_state)`; A = -exp(A_log), so that states decay.
         B, C: `(batch, length, directions, d_state)`, shared by the channels of a direction.
         D: `(directions, d_inner)`.
         delta_bias: `(directions, d_inner)`.
@@ -46,6 +48,7 @@ def selective_scan(
     dtype = torch.promote_types(u.dtype, torch.float32)
     delta = project_dt(dt, dt_proj_weight)
     u, delta, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
+    A = -torch.exp(A_log.to(dtype))
     y = torch.zeros_like(u)
     for k, path in enumerate(paths):
         step_size = F.softplus(delta[:, path, k] + delta_bias[k])  # (batch, path_length, d_inner)
@@ -57,7 +60,7 @@ def selective_scan(
             h = torch.exp(step_size[:, i].unsqueeze(-1) * A[k]) * h + input_term
             outputs.append((h * C_k[:, i].unsqueeze(1)).sum(-1) + D[k] * u_k[:, i])
         y = y.index_add(1, path, torch.stack(outputs, dim=1))
-    return y
+    return y.unsqueeze(2)
 
 
 def project_dt(dt: Tensor, dt_proj_weight: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ Recurrence, per batch row, direction and channel, over the steps l of the path (
     delta = dt_proj_weight @ dt + delta_bias,   step = softplus(delta),
     h <- exp(step A) h + step B u,   y = sum_n C[n] h[n] + D u
 
-Grid: one program for each (batch row, block of channels, group of directions), groups fastest, so that the
-programs which share a block of u run together and find it in the L2 cache. A program walks its path in tiles
-of STEPS x BLOCK_C: it loads the path indices of the tile, then u, dt, B and C through them (BLOCK_C channels
-of a token are contiguous), projects dt to the tile's channels on the tensor cores, and solves the tile with
-an associative scan over its steps. Two steps compose to one,
+Grid: one program for each (batch row, block of channels, chunk of the path, direction), directions fastest,
+so that the programs which share a block of u run together and find it in the L2 cache. A program walks its
+chunk in tiles of STEPS x BLOCK_C: it loads the path indices of the tile, then u, dt, B and C through them
+(BLOCK_C channels of a token are contiguous; all are fetched a tile or two ahead), projects dt to the tile's
+channels on the tensor cores, and solves the tile with an associative scan over its steps. Two steps compose
+to one,
 
     (a_1, b_1) then (a_2, b_2) = (a_1 a_2, a_2 b_1 + b_2),   a in (0, 1],
 
@@ -17,9 +18,12 @@ where products may underflow to 0 and never overflow; the state before a tile en
 All arithmetic is fp32, whatever the tensors are stored in; the projection multiplies what is stored and adds
 in fp32. Steps beyond the end of a path have u = 0 (in the backward dy = 0) and so contribute nothing.
 
-A group of several directions is taken one after the other, and each adds to the y in fp32 that those before
-it wrote: no other program touches it, so the order of the sum is fixed. It pays where y stays in the L2 cache
-in between (`triton_scan.py` decides).
+Step sizes are kept in units of ln 2 (log2(e) step), in which softplus and the decay need no factor.
+
+Chunks: where rows and channels make too few programs, a path is cut, and the kernel runs twice. First each
+chunk but the last is walked from h = 0, for its decay and its end alone (ENDS_ONLY); then each composes those
+of the chunks before it to the state that it starts from. That is more than half as much work again, for as
+many more programs as there are chunks.
 
 Backward: with g_l = dL/dh_l in all, g_l = C_l dy_l + a_{l+1} g_{l+1}. Tiles are taken last to first, with
 their last step first, so that this scan too runs along the tile (Triton reverses a scan by shuffling every
@@ -31,10 +35,10 @@ over blocks of channels (B, C) are written as partial sums for torch to add; not
 atomically, so results do not vary between runs.
 
 Bytes moved per token and direction, in rows of d_inner (dt is a 32nd of one, and three directions of four
-find u in the L2 cache): forward y, and the states in training; or, for a group that stays in the cache, a
-y in fp32 for all its directions; backward states, delta's gradient and du (u and dy as before). A delta
-given would be one row more to read in either, and to write and read before and after them. A scan that wants
-`(batch, channels, length)` moves as much, and before and after it gathers u and delta and scatters y.
+find u in the L2 cache): forward y, and the states in training; backward states, delta's gradient and du (u
+and dy as before). A delta given would be one row more to read in either, and to write and read before and
+after them. A scan that wants `(batch, channels, length)` moves as much, and before and after it gathers u and
+delta and scatters y.
 """
 
 from __future__ import annotations
@@ -77,61 +81,79 @@ def _second(x_1, x_2):  # type: ignore[no-untyped-def]  # kernel
 
 
 @jit
-def _softplus(x):  # type: ignore[no-untyped-def]  # kernel
-    """softplus(x) = max(x, 0) + log1p(z) and z = exp(-|x|), to fp32 precision.
+def _softplus(x, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]  # kernel
+    """log2(1 + 2^x) = max(x, 0) + log2(1 + z) and z = 2^-|x|: softplus in units of ln 2.
 
-    log(1 + z) would lose the small steps (x about -7) that Mamba starts from. So log1p(z) / z on [0, 1] is a
-    polynomial, the minimax of its degree, wrong by 3e-8 at most and by 2e-7 with the rounding of its sums: a
-    division is dearer.
+    log(1 + z) would lose the small steps (x about -10) that Mamba starts from. So log2(1 + z) / z on [0, 1]
+    is a polynomial, the minimax of its degree: EXACT wrong by 3e-8 at most, and by 2e-7 with the rounding of
+    its sums (a division is dearer); else by 6e-5, a 30th of what half precisions lose in x alone.
     """
-    z = tl.exp2(tl.abs(x) * -1.4426950408889634)
-    series = -0.0295052771 + z * 0.00523270248
-    series = 0.0782260299 + z * series
-    series = -0.136632532 + z * series
-    series = 0.191060111 + z * series
-    series = -0.248429835 + z * series
-    series = 0.333190978 + z * series
-    series = -0.499994934 + z * series
-    series = 0.99999994 + z * series
+    z = tl.exp2(-tl.abs(x))
+    if EXACT:
+        series = -0.0425670703 + z * 0.00754918346
+        series = 0.112856213 + z * series
+        series = -0.197118993 + z * series
+        series = 0.275641427 + z * series
+        series = -0.358408478 + z * series
+        series = 0.480692958 + z * series
+        series = -0.721340208 + z * series
+        series = 1.442695 + z * series
+    else:
+        series = -0.227119494 + z * 0.059651558
+        series = 0.44189888 + z * series
+        series = -0.716987433 + z * series
+        series = 1.44261321 + z * series
     return tl.maximum(x, 0.0) + z * series, z
 
 
 @jit
-def _weight(weight_ptr, channel, in_channels, RANK: tl.constexpr, RANKS: tl.constexpr):  # type: ignore[no-untyped-def]  # kernel
-    """A block of one direction's projection, transposed: `(RANKS, channels)`, zeros from RANK on."""
-    r = tl.arange(0, RANKS)
+def _weight(weight_ptr, channel, in_channels, RANK: tl.constexpr, FROM: tl.constexpr, RANKS: tl.constexpr):  # type: ignore[no-untyped-def]  # kernel
+    """RANKS ranks of a block of one direction's projection, transposed: `(RANKS, channels)`, zeros from RANK
+    on.
+    """
+    r = FROM + tl.arange(0, RANKS)
     mask = (r < RANK)[:, None] & in_channels[None, :]
     return tl.load(weight_ptr + channel[None, :] * RANK + r[:, None], mask=mask, other=0.0)
 
 
 @jit
+def _projected(  # type: ignore[no-untyped-def]  # kernel
+    dt_ptrs, in_path, weight, delta, RANK: tl.constexpr, FROM: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`delta` and what the ranks of `weight` add to it."""
+    r = FROM + tl.arange(0, weight.shape[0])
+    mask = in_path[:, None] & (r < RANK)[None, :]
+    dt = tl.load(dt_ptrs[:, None] + r[None, :], mask=mask, other=0.0)
+    return tl.dot(dt, weight, delta, input_precision=PRECISION)
+
+
+@jit
 def _delta(  # type: ignore[no-untyped-def]  # kernel
-    dt_ptr,
+    dt_ptrs,
     weight,
+    rest,
     bias,
-    token,
     in_path,
-    DT_TOKEN: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
+    REST: tl.constexpr,
     PRECISION: tl.constexpr,
     LANES_ARE_CHANNELS: tl.constexpr,
 ):
-    """The tile's step sizes before softplus, with their bias: `(steps, channels)` in fp32.
+    """The tile's step sizes before softplus, with their bias, times log2(e): `(steps, channels)` in fp32.
 
     A dot product's result lies across the threads as the tensor cores leave it, and Triton would let all
     arithmetic after it follow, up to the scan. The empty scan ends that: the tile moves through shared memory
-    once, here, to the layout in which u was loaded and y is stored (without it, u, a and b each do, and the
-    forward needs 238 registers a thread instead of 168). With LANES_ARE_CHANNELS a thread holds whole columns
-    or shares them with few, and the empty scan costs nothing or little.
+    once, here, to the layout in which u was loaded and y is stored. With LANES_ARE_CHANNELS a thread holds
+    whole columns or shares them with few, and the empty scan costs nothing or little.
     """
-    r = tl.arange(0, RANKS)
-    mask = in_path[:, None] & (r < RANK)[None, :]
-    dt = tl.load(dt_ptr + token[:, None] * DT_TOKEN + r[None, :], mask=mask, other=0.0)
-    delta = tl.dot(dt, weight, input_precision=PRECISION) + bias[None, :]
+    delta = tl.zeros((in_path.shape[0], bias.shape[0]), tl.float32)
+    delta = _projected(dt_ptrs, in_path, weight, delta, RANK, 0, PRECISION)
+    if REST > 0:
+        delta = _projected(dt_ptrs, in_path, rest, delta, RANK, RANKS, PRECISION)
     if LANES_ARE_CHANNELS:
         delta = tl.associative_scan(delta, 0, _second)
-    return delta
+    return delta * 1.4426950408889634 + bias[None, :]
 
 
 @jit
@@ -164,133 +186,155 @@ def selective_scan_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     u_ptr,
     dt_ptr,  # (batch, length, directions, rank)
     weight_ptr,  # (directions, d_inner, rank)
-    A_ptr,
+    A_log_ptr,
     B_ptr,
     C_ptr,
     D_ptr,
     bias_ptr,
     paths_ptr,
-    y_ptr,  # (batch, length, directions / MERGED, d_inner)
+    y_ptr,  # (batch, length, directions, d_inner)
     states_ptr,  # (batch, directions, path_length, d_inner), or
     # (batch, directions, num_blocks, num_tiles, d_state, BLOCK_C)
+    decays_ptr,  # (batch, directions, CHUNKS, d_inner)
+    ends_ptr,  # (batch, directions, CHUNKS, d_inner)
     length,
     path_length,
     d_inner,
     directions,
     num_blocks,
-    num_tiles,
+    num_chunks,  # that are walked: CHUNKS, or one less
+    num_tiles,  # of a chunk
     u_batch,
-    u_token,
     dt_batch,
     B_batch,
-    B_token,
     B_direction,
     B_state,
     C_batch,
-    C_token,
     C_direction,
     C_state,
     D_STATE: tl.constexpr,
     STATES: tl.constexpr,  # the power of two from D_STATE on
     RANK: tl.constexpr,
-    RANKS: tl.constexpr,  # the power of two from RANK on, 16 at least
-    DT_TOKEN: tl.constexpr,  # strides of dt: constants, from which the compiler sees how wide it may load
+    RANKS: tl.constexpr,  # RANKS + REST cover RANK
+    REST: tl.constexpr,
+    U_TOKEN: tl.constexpr,  # strides: constants, from which the compiler makes an address in one instruction
+    DT_TOKEN: tl.constexpr,  # and sees how wide it may load
     DT_DIRECTION: tl.constexpr,
+    B_TOKEN: tl.constexpr,
+    C_TOKEN: tl.constexpr,
+    Y_TOKEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     VECTOR: tl.constexpr,
     LANES_ARE_CHANNELS: tl.constexpr,
+    EVEN: tl.constexpr,  # tiles end with the path, and blocks with the channels
+    CHUNKS: tl.constexpr,
+    ENDS_ONLY: tl.constexpr,
     SAVE_STATES: tl.constexpr,
-    MERGED: tl.constexpr,  # directions that a program takes, one after the other
-    GAPS: tl.constexpr,  # paths leave tokens out, and y holds zeros
+    STAGES: tl.constexpr,  # how many tiles are under way
 ):
-    program = tl.program_id(0).to(tl.int64)
-    groups = directions // MERGED
-    group = program % groups
-    block = (program // groups) % num_blocks
-    batch = program // (groups * num_blocks)
+    program = tl.program_id(0)
+    direction = program % directions
+    chunk = (program // directions) % num_chunks
+    block = (program // (directions * num_chunks)) % num_blocks
+    batch = (program // (directions * num_chunks * num_blocks)).to(tl.int64)
+    row = batch * directions + direction
 
-    lane = tl.arange(0, BLOCK_C)
-    channel = tl.max_contiguous(block.to(tl.int32) * BLOCK_C + lane, VECTOR)
+    channel = tl.max_contiguous(block * BLOCK_C + tl.arange(0, BLOCK_C), VECTOR)
     in_channels = channel < d_inner
     first = (tl.arange(0, STEPS) == 0)[:, None]
-    u_ptr += batch * u_batch
-    y_ptr += (batch * length * groups + group) * d_inner
+    vector = direction * d_inner + channel
+    bias = tl.load(bias_ptr + vector, mask=in_channels, other=0.0).to(tl.float32) * 1.4426950408889634
+    D = tl.load(D_ptr + vector, mask=in_channels, other=0.0).to(tl.float32)
+    if D_STATE == 1:
+        A = -tl.exp(tl.load(A_log_ptr + vector, mask=in_channels, other=0.0).to(tl.float32))
+        states = tl.zeros((BLOCK_C,), tl.float32)
+        states_ptr += row * path_length * d_inner
+    else:
+        n_index = tl.arange(0, STATES)[:, None]
+        A_mask = in_channels[None, :] & (n_index < D_STATE)
+        A_log = tl.load(A_log_ptr + vector[None, :] * D_STATE + n_index, mask=A_mask, other=0.0)
+        A = -tl.exp(A_log.to(tl.float32))
+        states = tl.zeros((STATES, BLOCK_C), tl.float32)
+        states_ptr += (row * num_blocks + block) * num_tiles * D_STATE * BLOCK_C
+    weight_ptr += direction * d_inner * RANK
+    weight = _weight(weight_ptr, channel, in_channels, RANK, 0, RANKS)
+    rest = weight
+    if REST > 0:
+        rest = _weight(weight_ptr, channel, in_channels, RANK, RANKS, REST)
 
-    for k in range(MERGED):
-        direction = group * MERGED + k
-        vector = direction * d_inner + channel
-        bias = tl.load(bias_ptr + vector, mask=in_channels, other=0.0)
-        D = tl.load(D_ptr + vector, mask=in_channels, other=0.0)
-        if D_STATE == 1:
-            A = tl.load(A_ptr + vector, mask=in_channels, other=0.0)
-            states = tl.zeros((BLOCK_C,), tl.float32)
+    u_ptrs = u_ptr + batch * u_batch + channel
+    y_ptrs = y_ptr + (batch * length * Y_TOKEN + direction * d_inner) + channel
+    dt_ptr += batch * dt_batch + direction * DT_DIRECTION
+    B_ptr += batch * B_batch + direction * B_direction
+    C_ptr += batch * C_batch + direction * C_direction
+    paths_ptr += direction * path_length
+    chunk_offsets = row * CHUNKS * d_inner + channel
+    elapsed = tl.zeros((BLOCK_C,), tl.float32)  # the sum of the chunk's steps
+
+    if CHUNKS > 1 and not ENDS_ONLY:
+        other = tl.arange(0, CHUNKS)[:, None]
+        earlier = (other < chunk) & in_channels[None, :]
+        decays = tl.load(decays_ptr + chunk_offsets[None, :] + other * d_inner, mask=earlier, other=1.0)
+        ends = tl.load(ends_ptr + chunk_offsets[None, :] + other * d_inner, mask=earlier, other=0.0)
+        _, ends = tl.associative_scan((decays, ends), 0, _compose)
+        states = _row(ends, CHUNKS - 1)
+
+    for tile in tl.range(0, num_tiles, num_stages=STAGES):
+        step = (chunk * num_tiles + tile) * STEPS + tl.arange(0, STEPS)
+        in_path = step < path_length
+        mask = in_path[:, None] & in_channels[None, :]
+        if EVEN:
+            in_path = tl.full((STEPS,), 1, tl.int1)
+            mask = tl.full((STEPS, BLOCK_C), 1, tl.int1)
+        token = tl.load(paths_ptr + step, mask=in_path, other=0).to(tl.int64)
+        u = tl.load(u_ptrs[None, :] + (token * U_TOKEN)[:, None], mask=mask, other=0.0)
+        delta = _delta(
+            dt_ptr + token * DT_TOKEN,
+            weight,
+            rest,
+            bias,
+            in_path,
+            RANK,
+            RANKS,
+            REST,
+            PRECISION,
+            LANES_ARE_CHANNELS,
+        )
+        u = u.to(tl.float32)
+        # Beyond the end u is 0 and nothing enters the state; what leaves it there, no one reads.
+        dt, _ = _softplus(delta, EXACT)
+        drive = dt * u
+        y = D[None, :] * u
+        for n in range(D_STATE):
+            B = tl.load(B_ptr + token * B_TOKEN + n * B_state, mask=in_path, other=0.0)
+            B = B.to(tl.float32) * 0.6931471805599453
+            start = _state(states, n, D_STATE)
+            if SAVE_STATES and D_STATE > 1:
+                lane = tl.arange(0, BLOCK_C)
+                tl.store(states_ptr + (tile * D_STATE + n) * BLOCK_C + lane, start)
+            a = tl.exp2(dt * _state(A, n, D_STATE)[None, :])
+            b = drive * B[:, None]
+            b = tl.where(first, b + a * start[None, :], b)
+            _, h = tl.associative_scan((a, b), 0, _compose)
+            if not ENDS_ONLY:
+                C = tl.load(C_ptr + token * C_TOKEN + n * C_state, mask=in_path, other=0.0)
+                y += C.to(tl.float32)[:, None] * h
+            if SAVE_STATES and D_STATE == 1:
+                h_offsets = step[:, None] * d_inner + channel[None, :]
+                tl.store(states_ptr + h_offsets, h.to(states_ptr.dtype.element_ty), mask=mask)
+            states = _with_state(states, n, _row(h, STEPS - 1), D_STATE)
+        if ENDS_ONLY:
+            elapsed += tl.sum(dt, axis=0)
         else:
-            n_index = tl.arange(0, STATES)[:, None]
-            A_mask = in_channels[None, :] & (n_index < D_STATE)
-            A = tl.load(A_ptr + vector[None, :] * D_STATE + n_index, mask=A_mask, other=0.0)
-            states = tl.zeros((STATES, BLOCK_C), tl.float32)
-        A *= 1.4426950408889634  # exp(dt A) = exp2(dt A log2(e))
-        weight = _weight(weight_ptr + direction * d_inner * RANK, channel, in_channels, RANK, RANKS)
+            y_ptrs_here = y_ptrs[None, :] + (token * Y_TOKEN)[:, None]
+            tl.store(y_ptrs_here, y.to(y_ptr.dtype.element_ty), mask=mask)
 
-        k_dt_ptr = dt_ptr + batch * dt_batch + direction * DT_DIRECTION
-        k_B_ptr = B_ptr + batch * B_batch + direction * B_direction
-        k_C_ptr = C_ptr + batch * C_batch + direction * C_direction
-        k_paths_ptr = paths_ptr + direction * path_length
-        row = batch * directions + direction
-        if D_STATE == 1:
-            k_states_ptr = states_ptr + row * path_length * d_inner
-        else:
-            k_states_ptr = states_ptr + (row * num_blocks + block) * num_tiles * D_STATE * BLOCK_C
-
-        for tile in range(num_tiles):
-            step = tile * STEPS + tl.arange(0, STEPS)
-            in_path = step < path_length
-            token = tl.load(k_paths_ptr + step, mask=in_path, other=0).to(tl.int32)
-            mask = in_path[:, None] & in_channels[None, :]
-            u = tl.load(u_ptr + token[:, None] * u_token + channel[None, :], mask=mask, other=0.0)
-            u = u.to(tl.float32)
-            delta = _delta(
-                k_dt_ptr,
-                weight,
-                bias,
-                token,
-                in_path,
-                DT_TOKEN,
-                RANK,
-                RANKS,
-                PRECISION,
-                LANES_ARE_CHANNELS,
-            )
-            # Beyond the end u is 0 and nothing enters the state; what leaves it there, no one reads.
-            dt, _ = _softplus(delta)
-            drive = dt * u
-            y = D[None, :] * u
-            for n in range(D_STATE):
-                B = tl.load(k_B_ptr + token * B_token + n * B_state, mask=in_path, other=0.0).to(tl.float32)
-                C = tl.load(k_C_ptr + token * C_token + n * C_state, mask=in_path, other=0.0).to(tl.float32)
-                start = _state(states, n, D_STATE)
-                if SAVE_STATES and D_STATE > 1:
-                    tl.store(k_states_ptr + (tile * D_STATE + n) * BLOCK_C + lane, start)
-                a = tl.exp2(dt * _state(A, n, D_STATE)[None, :])
-                b = drive * B[:, None]
-                b = tl.where(first, b + a * start[None, :], b)
-                _, h = tl.associative_scan((a, b), 0, _compose)
-                y += C[:, None] * h
-                if SAVE_STATES and D_STATE == 1:
-                    h_offsets = step[:, None] * d_inner + channel[None, :]
-                    tl.store(k_states_ptr + h_offsets, h.to(states_ptr.dtype.element_ty), mask=mask)
-                states = _with_state(states, n, _row(h, STEPS - 1), D_STATE)
-            y_offsets = token[:, None] * (groups * d_inner) + channel[None, :]
-            if MERGED > 1:
-                written = mask  # by the directions before, in paths with gaps by zeros
-                if not GAPS:
-                    written = mask & (k > 0)
-                y += tl.load(y_ptr + y_offsets, mask=written, other=0.0)
-            tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-        if MERGED > 1:
-            tl.debug_barrier()  # other threads of the program read what this one wrote
+    if ENDS_ONLY:
+        tl.store(decays_ptr + chunk_offsets + chunk * d_inner, tl.exp2(A * elapsed), mask=in_channels)
+        tl.store(ends_ptr + chunk_offsets + chunk * d_inner, states, mask=in_channels)
 
 
 @jit
@@ -298,7 +342,7 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     u_ptr,
     dt_ptr,  # (batch, length, directions, rank)
     weight_ptr,  # (directions, d_inner, rank)
-    A_ptr,
+    A_log_ptr,
     B_ptr,
     C_ptr,
     D_ptr,
@@ -309,7 +353,7 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     dy_ptr,  # (batch, length, d_inner)
     du_ptr,  # (batch, length, directions, d_inner)
     ddelta_ptr,  # (directions, batch, length, d_inner)
-    dA_ptr,  # (batch, directions, d_state, d_inner)
+    dA_log_ptr,  # (batch, directions, d_state, d_inner)
     dB_ptr,  # (num_blocks, batch, length, directions, d_state)
     dC_ptr,  # (num_blocks, batch, length, directions, d_state)
     dD_ptr,  # (batch, directions, d_inner)
@@ -335,10 +379,12 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     D_STATE: tl.constexpr,
     STATES: tl.constexpr,  # the power of two from D_STATE on
     RANK: tl.constexpr,
-    RANKS: tl.constexpr,  # the power of two from RANK on, 16 at least
+    RANKS: tl.constexpr,
+    REST: tl.constexpr,
     DT_TOKEN: tl.constexpr,
     DT_DIRECTION: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -354,20 +400,26 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     in_channels = channel < d_inner
     first = (tl.arange(0, STEPS) == 0)[:, None]
     last = (tl.arange(0, STEPS) == STEPS - 1)[:, None]
-    bias = tl.load(bias_ptr + direction * d_inner + channel, mask=in_channels, other=0.0)
-    D = tl.load(D_ptr + direction * d_inner + channel, mask=in_channels, other=0.0)
-    weight = _weight(weight_ptr + direction * d_inner * RANK, channel, in_channels, RANK, RANKS)
+    bias = tl.load(bias_ptr + direction * d_inner + channel, mask=in_channels, other=0.0).to(tl.float32)
+    bias *= 1.4426950408889634
+    D = tl.load(D_ptr + direction * d_inner + channel, mask=in_channels, other=0.0).to(tl.float32)
+    weight_ptr += direction * d_inner * RANK
+    weight = _weight(weight_ptr, channel, in_channels, RANK, 0, RANKS)
+    rest = weight
+    if REST > 0:
+        rest = _weight(weight_ptr, channel, in_channels, RANK, RANKS, REST)
     if D_STATE == 1:
-        A = tl.load(A_ptr + direction * d_inner + channel, mask=in_channels, other=0.0)
+        A_log = tl.load(A_log_ptr + direction * d_inner + channel, mask=in_channels, other=0.0)
         g_behind = tl.zeros((BLOCK_C,), tl.float32)  # a_{l+1} g_{l+1} of the tile's last step l
         dA = tl.zeros((BLOCK_C,), tl.float32)
     else:
         n_index = tl.arange(0, STATES)[:, None]
         A_mask = in_channels[None, :] & (n_index < D_STATE)
         A_offsets = (direction * d_inner + channel[None, :]) * D_STATE + n_index
-        A = tl.load(A_ptr + A_offsets, mask=A_mask, other=0.0)
+        A_log = tl.load(A_log_ptr + A_offsets, mask=A_mask, other=0.0)
         g_behind = tl.zeros((STATES, BLOCK_C), tl.float32)
         dA = tl.zeros((STATES, BLOCK_C), tl.float32)
+    A = -tl.exp(A_log.to(tl.float32))
     dD = tl.zeros((BLOCK_C,), tl.float32)
     dbias = tl.zeros((BLOCK_C,), tl.float32)
 
@@ -396,18 +448,19 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         u = u.to(tl.float32)
         dy = tl.load(dy_ptr + token[:, None] * d_inner + channel[None, :], mask=mask, other=0.0)
         delta = _delta(
-            dt_ptr,
+            dt_ptr + token * DT_TOKEN,
             weight,
+            rest,
             bias,
-            token,
             in_path,
-            DT_TOKEN,
             RANK,
             RANKS,
+            REST,
             PRECISION,
             LANES_ARE_CHANNELS,
         )
-        dt, z = _softplus(delta)
+        dt, z = _softplus(delta, EXACT)
+        dt *= 0.6931471805599453
         slope = tl.where(delta >= 0.0, 1.0, z) / (1.0 + z)
         drive = dt * u
         ddt = tl.zeros((STEPS, BLOCK_C), tl.float32)
@@ -454,9 +507,10 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     row = batch * directions + direction
     tl.store(dD_ptr + row * d_inner + channel, dD, mask=in_channels)
     tl.store(dbias_ptr + row * d_inner + channel, dbias, mask=in_channels)
+    dA_log = dA * A
     if D_STATE == 1:
-        tl.store(dA_ptr + row * d_inner + channel, dA, mask=in_channels)
+        tl.store(dA_log_ptr + row * d_inner + channel, dA_log, mask=in_channels)
     else:
         n_index = tl.arange(0, STATES)[:, None]
         dA_mask = in_channels[None, :] & (n_index < D_STATE)
-        tl.store(dA_ptr + (row * D_STATE + n_index) * d_inner + channel[None, :], dA, mask=dA_mask)
+        tl.store(dA_log_ptr + (row * D_STATE + n_index) * d_inner + channel[None, :], dA_log, mask=dA_mask)

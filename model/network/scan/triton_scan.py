@@ -1,7 +1,8 @@
 """Selective scan through the Triton kernels of `triton_kernels.py`: their launch, operators and gradient.
 
 The kernels read the tokens in place through the paths and write y for each direction; the sum over directions
-is left to torch, outside the operators, so that torch.compile fuses it with the layer norm that follows.
+is left to whoever reads y, outside the operators: to a kernel, or to torch.compile, which fuses it with the
+layer norm that follows.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ from torch import Tensor
 from model.network.scan import triton_kernels
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Programs that fill an H100 (8 of one warp on each of 132 multiprocessors). With fewer, a program takes more
-# warps and longer tiles: more steps of each sequence at once.
-FILLING_PROGRAMS = 1056
-# Of one warp and MAX_REGISTERS, so many programs run at once. If their blocks of y and u together stay in
-# the L2 cache (50 MB, some of it others'), adding up directions there moves no bytes in memory.
-RESIDENT_PROGRAMS = 1584
-CACHED_BYTES = 40_000_000
-MAX_REGISTERS = 168  # a thread; 12 warps a multiprocessor, and the tile of 32 x 64 spills 3 % of its work
+# Programs of one warp that fill an H100: 8 on each of 132 multiprocessors, by their registers.
+FILLING_PROGRAMS = 8 * 132
+# With so few programs (or fewer), cutting paths pays for the half as much work that it adds.
+FEW_PROGRAMS = FILLING_PROGRAMS // 3
+CHUNK_TILES = 4  # of a chunk at least
+MAX_CHUNKS = 32
 
 
 def is_available(device: torch.device | str) -> bool:
@@ -50,76 +49,88 @@ class _Tile:
     vector: int
 
     @classmethod
-    def of(
-        cls, num_rows: int, path_length: int, d_inner: int, A: Tensor, dt: Tensor, backward: bool
-    ) -> _Tile:
-        """`num_rows`: batch rows times directions.
+    def of(cls, num_rows: int, path_length: int, d_inner: int, d_state: int, rank: int) -> _Tile:
+        """The forward's. `num_rows`: batch rows times directions.
 
-        The dot product wants 16 steps at least. A forward of one warp gives each thread whole columns of its
-        tile (`vector` such that 32 threads span the channels): its scan is a chain of multiply-adds without
-        a shuffle, and two columns share the addresses of a row. The backward also sums over channels, where
-        8 threads to a row are better. Of what the registers hold, each tile takes the fewest instructions an
-        element; fp32 splits the operands of its dot product in three, so it takes smaller ones. With more
-        than one state a channel, the backward must cut its tiles as the forward did.
+        The dot product wants 16 steps at least. One warp gives each thread whole columns of its tile
+        (`vector` such that 32 threads span the channels): its scan is a chain of multiply-adds without a
+        shuffle, and the columns share the addresses of a row. Wide tiles share more, where they are many
+        enough and their weights do not take the shared memory of other programs.
+        """
+        if d_state > 1:
+            return cls(steps=64, block_c=32, num_warps=4, vector=8)
+        wide = d_inner % 128 == 0 and rank <= 48 and num_rows * d_inner // 128 >= 2 * FILLING_PROGRAMS
+        block_c = 128 if wide else 64
+        return cls(steps=16, block_c=block_c, num_warps=1, vector=block_c // 32)
+
+    @classmethod
+    def of_backward(cls, num_rows: int, path_length: int, d_inner: int, d_state: int) -> _Tile:
+        """The backward also sums over channels, where 8 threads to a row are better; with few programs, one
+        takes more warps and longer tiles. Where a channel has more than one state, it must cut its tiles as
+        the forward did.
         """
         few = num_rows * -(-d_inner // 32) < FILLING_PROGRAMS
-        if A.shape[2] > 1 or (few and path_length > 16):
+        if d_state > 1 or (few and path_length > 16):
             return cls(steps=64, block_c=32, num_warps=4, vector=8)
-        if backward:
-            return cls(steps=16, block_c=32, num_warps=1, vector=4)
-        single = dt.dtype == torch.float32
-        steps = 16 if single or path_length <= 16 else 32
-        if 0 < d_inner % 64 <= 32 or (single and dt.shape[3] > 32):
-            return cls(steps=steps, block_c=32, num_warps=1, vector=1)
-        return cls(steps=steps, block_c=64, num_warps=1, vector=2)
+        return cls(steps=16, block_c=32, num_warps=1, vector=4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Grid:
-    """How a scan is cut: its tile, and `num_programs` programs that take `merged` directions each."""
+    """How a scan is cut: a function of shapes alone, so that nothing is tuned in a request."""
 
     tile: _Tile
-    merged: int
     num_blocks: int
     num_tiles: int
+    """Of a chunk."""
+    chunks: int
     num_programs: int
+    """That take a chunk each; one less of each path only finds the ends of chunks."""
 
     @classmethod
-    def of(cls, u: Tensor, dt: Tensor, A: Tensor, paths: Tensor, *, backward: bool) -> _Grid:
-        """A function of shapes alone: nothing is tuned in a request."""
-        (directions, d_inner, _), path_length = A.shape, paths.shape[1]
-        num_rows = u.shape[0] * directions
-        tile = _Tile.of(num_rows, path_length, d_inner, A, dt, backward)
-        num_blocks = -(-d_inner // tile.block_c)
-        num_programs = num_rows * num_blocks
-        merged = 1
-        if not backward and tile.num_warps == 1:
-            bytes_each = u.shape[1] * tile.block_c * (4 + u.element_size())
-            while directions % (2 * merged) == 0:
-                programs = num_programs // (2 * merged)
-                resident = min(programs, RESIDENT_PROGRAMS) * bytes_each
-                if programs < FILLING_PROGRAMS or resident > CACHED_BYTES:
-                    break
-                merged *= 2
+    def of(cls, u: Tensor, dt: Tensor, A_log: Tensor, paths: Tensor, *, backward: bool = False) -> _Grid:
+        (batch, _, d_inner), (directions, path_length), d_state = u.shape, paths.shape, A_log.shape[2]
+        num_rows = batch * directions
+        if backward:
+            tile = _Tile.of_backward(num_rows, path_length, d_inner, d_state)
+        else:
+            tile = _Tile.of(num_rows, path_length, d_inner, d_state, dt.shape[3])
+        num_blocks, num_tiles = -(-d_inner // tile.block_c), -(-path_length // tile.steps)
+        chunks = 1
+        if not backward and d_state == 1 and num_rows * num_blocks <= FEW_PROGRAMS:
+            while (
+                chunks < MAX_CHUNKS
+                and num_rows * num_blocks * chunks < FILLING_PROGRAMS
+                and num_tiles >= 2 * chunks * CHUNK_TILES
+            ):
+                chunks *= 2
         return cls(
             tile=tile,
-            merged=merged,
             num_blocks=num_blocks,
-            num_tiles=-(-path_length // tile.steps),
-            num_programs=num_programs // merged,
+            num_tiles=-(-num_tiles // chunks),
+            chunks=chunks,
+            num_programs=num_rows * num_blocks * chunks,
         )
 
     def options(self, dt: Tensor, d_state: int) -> dict[str, Any]:
-        """The kernels' compile-time arguments."""
+        """The compile-time arguments of both kernels."""
         tile, rank = self.tile, dt.shape[3]
+        # Of the power of two that spans it, a rank such as 80 would leave a third empty: 64 + 16 is spanned.
+        ranks = max(16, 1 << (rank - 1).bit_length())
+        rest = max(0, rank - ranks // 2)
+        rest = max(16, 1 << (rest - 1).bit_length()) if rest else 0
+        if ranks // 2 < 16 or ranks // 2 + rest >= ranks:
+            rest = 0
         return {
             "D_STATE": d_state,
             "STATES": 1 << (d_state - 1).bit_length(),
             "RANK": rank,
-            "RANKS": max(16, 1 << (rank - 1).bit_length()),
+            "RANKS": ranks // 2 if rest else ranks,
+            "REST": rest,
             "DT_TOKEN": dt.stride(1),
             "DT_DIRECTION": dt.stride(2),
             "PRECISION": "tf32x3" if dt.dtype == torch.float32 else "ieee",
+            "EXACT": dt.dtype == torch.float32,
             "STEPS": tile.steps,
             "BLOCK_C": tile.block_c,
             "VECTOR": tile.vector,
@@ -132,11 +143,11 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _per_direction(u: Tensor, groups: int, paths: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for `(batch, length, groups, d_inner)`; zeros where the paths do not visit every token."""
+def _per_direction(u: Tensor, paths: Tensor) -> Tensor:
+    """Room for `(batch, length, directions, d_inner)`; zeros where the paths do not visit every token."""
     batch, length, d_inner = u.shape
     allocate = u.new_empty if paths.shape[1] == length else u.new_zeros
-    return allocate((batch, length, groups, d_inner), dtype=dtype)
+    return allocate((batch, length, len(paths), d_inner))
 
 
 @torch.library.custom_op("lamamba::triton_scan_forward", mutates_args=())
@@ -144,7 +155,7 @@ def _forward(
     u: Tensor,
     dt: Tensor,
     dt_proj_weight: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
@@ -152,35 +163,42 @@ def _forward(
     paths: Tensor,
     save_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y as `_room_for_y` says, and the states that the backward needs."""
-    u, dt = _unit_stride(u), _unit_stride(dt)
-    grid, d_state = _Grid.of(u, dt, A, paths, backward=False), A.shape[2]
-    y = _room_for_y(u, paths, grid)
-    states = _saved_states(u, paths, grid, d_state, save_states)
-    arguments = (
-        u,
-        dt,
-        dt_proj_weight.contiguous(),
-        A.contiguous(),
-        B,
-        C,
-        D.contiguous(),
-        delta_bias.contiguous(),
-        paths.contiguous(),
-        y,
-        states,
-        *(u.shape[1], paths.shape[1], u.shape[2], len(paths), grid.num_blocks, grid.num_tiles),
-        *(*u.stride()[:2], dt.stride(0), *B.stride(), *C.stride()),
+    """y `(batch, length, directions, d_inner)`, and the states that the backward needs."""
+    u, dt, paths = _unit_stride(u), _unit_stride(dt), paths.contiguous()
+    dt_proj_weight, A_log, D, delta_bias = (
+        tensor.contiguous() for tensor in (dt_proj_weight, A_log, D, delta_bias)
     )
-    with torch.cuda.device_of(u):
-        triton_kernels.selective_scan_fwd_kernel[(grid.num_programs,)](
-            *arguments,
-            **grid.options(dt, d_state),
-            **_register_limit(grid, dt),
-            SAVE_STATES=save_states,
-            MERGED=grid.merged,
-            GAPS=paths.shape[1] < u.shape[1],
+    (batch, length, d_inner), (directions, path_length), d_state = u.shape, paths.shape, A_log.shape[2]
+    grid = _Grid.of(u, dt, A_log, paths)
+    y = _per_direction(u, paths)
+    states = _saved_states(u, paths, grid, d_state, save_states)
+    per_chunk = (batch, directions, grid.chunks, d_inner) if grid.chunks > 1 else (0,)
+    decays, ends = (u.new_empty(per_chunk, dtype=torch.float32) for _ in range(2))
+    long = path_length >= 1024
+    options = grid.options(dt, d_state) | {
+        "U_TOKEN": u.stride(1),
+        "B_TOKEN": B.stride(1),
+        "C_TOKEN": C.stride(1),
+        "Y_TOKEN": y.stride(1),
+        "EVEN": path_length % (grid.chunks * grid.tile.steps) == 0 and d_inner % grid.tile.block_c == 0,
+        "CHUNKS": grid.chunks,
+        # The tile after the next is fetched too; with several states there is no room for it.
+        "STAGES": (3 if long else 2) if d_state == 1 else 1,
+    }
+
+    def launch(num_chunks: int, **flags: bool) -> None:
+        triton_kernels.selective_scan_fwd_kernel[(grid.num_programs // grid.chunks * num_chunks,)](
+            *(u, dt, dt_proj_weight, A_log, B, C, D, delta_bias, paths, y, states, decays, ends),
+            *(length, path_length, d_inner, directions, grid.num_blocks, num_chunks, grid.num_tiles),
+            *(u.stride(0), dt.stride(0), B.stride(0), *B.stride()[2:], C.stride(0), *C.stride()[2:]),
+            **options,
+            **flags,
         )
+
+    with torch.cuda.device_of(u):
+        if grid.chunks > 1:
+            launch(grid.chunks - 1, ENDS_ONLY=True, SAVE_STATES=False)
+        launch(grid.chunks, ENDS_ONLY=False, SAVE_STATES=save_states)
     return y, states
 
 
@@ -189,7 +207,7 @@ def _(
     u: Tensor,
     dt: Tensor,
     dt_proj_weight: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
@@ -197,24 +215,8 @@ def _(
     paths: Tensor,
     save_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    grid = _Grid.of(u, dt, A, paths, backward=False)
-    return _room_for_y(u, paths, grid), _saved_states(u, paths, grid, A.shape[2], save_states)
-
-
-def _register_limit(grid: _Grid, dt: Tensor) -> dict[str, int]:
-    """More warps at once for the tiles that nearly fit, as the half precisions' do."""
-    limited = grid.tile.num_warps == 1 and dt.dtype != torch.float32
-    return {"maxnreg": MAX_REGISTERS} if limited else {}
-
-
-def _room_for_y(u: Tensor, paths: Tensor, grid: _Grid) -> Tensor:
-    """Room for `(batch, length, directions / merged, d_inner)`.
-
-    In u's dtype where every direction has its own y, which torch then sums; fp32 where a program adds up
-    several.
-    """
-    groups = len(paths) // grid.merged
-    return _per_direction(u, groups, paths, u.dtype if grid.merged == 1 else torch.float32)
+    grid = _Grid.of(u, dt, A_log, paths)
+    return _per_direction(u, paths), _saved_states(u, paths, grid, A_log.shape[2], save_states)
 
 
 def _saved_states(u: Tensor, paths: Tensor, grid: _Grid, d_state: int, save: bool) -> Tensor:
@@ -233,7 +235,7 @@ def _backward(
     u: Tensor,
     dt: Tensor,
     dt_proj_weight: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
@@ -242,19 +244,19 @@ def _backward(
     states: Tensor,
     dy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Partial gradients of u, delta (before bias), A, B, C, D, delta_bias.
+    """Partial gradients of u, delta (before bias), A_log, B, C, D, delta_bias.
 
-    Shaped as `selective_scan_bwd_kernel` says. Left to add: u's over directions, A's, D's and delta_bias's
-    over batch rows, B's and C's over blocks.
+    Shaped as `selective_scan_bwd_kernel` says. Left to add: u's over directions, those of A_log, D and
+    delta_bias over batch rows, those of B and C over blocks.
     """
     u, dt, dy = _unit_stride(u), _unit_stride(dt), dy.contiguous()
-    grid, d_state = _Grid.of(u, dt, A, paths, backward=True), A.shape[2]
-    gradients = _partial_gradients(u, dt, A, paths, grid)
+    grid, d_state = _Grid.of(u, dt, A_log, paths, backward=True), A_log.shape[2]
+    gradients = _partial_gradients(u, dt, A_log, paths, grid)
     arguments = (
         u,
         dt,
         dt_proj_weight.contiguous(),
-        A.contiguous(),
+        A_log.contiguous(),
         B,
         C,
         D.contiguous(),
@@ -278,7 +280,7 @@ def _(
     u: Tensor,
     dt: Tensor,
     dt_proj_weight: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
@@ -287,18 +289,18 @@ def _(
     states: Tensor,
     dy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _partial_gradients(u, dt, A, paths, _Grid.of(u, dt, A, paths, backward=True))
+    return _partial_gradients(u, dt, A_log, paths, _Grid.of(u, dt, A_log, paths, backward=True))
 
 
 def _partial_gradients(
-    u: Tensor, dt: Tensor, A: Tensor, paths: Tensor, grid: _Grid
+    u: Tensor, dt: Tensor, A_log: Tensor, paths: Tensor, grid: _Grid
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (batch, length, d_inner), (directions, path_length), d_state = u.shape, paths.shape, A.shape[2]
+    (batch, length, d_inner), (directions, path_length), d_state = u.shape, paths.shape, A_log.shape[2]
     allocate = u.new_empty if path_length == length else u.new_zeros
     per_token = (grid.num_blocks, batch, length, directions, d_state)
     per_channel = (batch, directions, d_inner)
     return (
-        _per_direction(u, directions, paths, u.dtype),
+        _per_direction(u, paths),
         allocate((directions, batch, length, d_inner), dtype=dt.dtype),
         u.new_empty((batch, directions, d_state, d_inner), dtype=torch.float32),
         allocate(per_token, dtype=torch.float32),
@@ -315,13 +317,14 @@ class _SelectiveScan(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         y, states = _forward(*inputs, save_states=True)
         ctx.save_for_backward(*inputs, states)
-        return _sum_of_groups(y)
+        return y.sum(2, keepdim=True, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        u, dt, dt_proj_weight, A, B, C, D, delta_bias, paths, states = ctx.saved_tensors
-        partial = _backward(u, dt, dt_proj_weight, A, B, C, D, delta_bias, paths, states, grad_y)
-        du, ddelta, dA, dB, dC, dD, dbias = partial
+        u, dt, dt_proj_weight, A_log, B, C, D, delta_bias, paths, states = ctx.saved_tensors
+        dy = grad_y.squeeze(2)
+        partial = _backward(u, dt, dt_proj_weight, A_log, B, C, D, delta_bias, paths, states, dy)
+        du, ddelta, dA_log, dB, dC, dD, dbias = partial
         ddelta = ddelta.flatten(1, 2)  # (directions, batch * length, d_inner): no copy before either product
         ddt = torch.bmm(ddelta, dt_proj_weight).unflatten(1, u.shape[:2]).permute(1, 2, 0, 3)
         dweight = torch.bmm(ddelta.transpose(1, 2), dt.permute(2, 0, 1, 3).flatten(1, 2))
@@ -329,7 +332,7 @@ class _SelectiveScan(torch.autograd.Function):
             du.sum(2, dtype=torch.float32).to(u.dtype),
             ddt.to(dt.dtype),
             dweight.to(dt_proj_weight.dtype),
-            dA.sum(0).transpose(1, 2).to(A.dtype),
+            dA_log.sum(0).transpose(1, 2).to(A_log.dtype),
             dB.sum(0).to(B.dtype),
             dC.sum(0).to(C.dtype),
             dD.sum(0).to(D.dtype),
@@ -338,16 +341,11 @@ class _SelectiveScan(torch.autograd.Function):
         )
 
 
-def _sum_of_groups(y: Tensor) -> Tensor:
-    """`_forward`'s y, `(batch, length, d_inner)` in fp32."""
-    return y.squeeze(2).float() if y.shape[2] == 1 else y.sum(2, dtype=torch.float32)
-
-
 def selective_scan(
     u: Tensor,
     dt: Tensor,
     dt_proj_weight: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
@@ -356,26 +354,24 @@ def selective_scan(
 ) -> Tensor:
     """Same arguments and result as `reference.selective_scan`, for fp32, bf16 and fp16 inputs; fp32 inside.
 
-    The step sizes are products of dt and of the weight in dt's dtype, summed in fp32 and never rounded. The
-    sum over directions is fp32 too: a program that takes several adds to fp32 numbers; where each has its
-    own, their y are stored in u's dtype before torch sums them, as their gradients of u are. A path as long
-    as the sequence is taken to be a permutation, and no path visits a token twice.
+    The step sizes are products of dt and of the weight in dt's dtype, summed in fp32 and never rounded. Each
+    direction's y is stored in u's dtype, as its gradient of u is. Without gradients these are the result;
+    with them it is their sum, in fp32. A path as long as the sequence is taken to be a permutation, and no
+    path visits a token twice.
 
     Raises ValueError for an input dtype that the kernels do not read, and for more tokens than they count.
     """
-    for name, tensor in (("u", u), ("dt", dt), ("B", B), ("C", C)):
+    named = {"u": u, "dt": dt, "A_log": A_log, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
+    for name, tensor in named.items():
         if tensor.dtype not in INPUT_DTYPES:
             raise ValueError(f"{name}: {tensor.dtype} given; float32, bfloat16 or float16 is accepted")
-    for name, tensor in (("A", A), ("D", D), ("delta_bias", delta_bias)):
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name}: {tensor.dtype} given; float32 is accepted")
-    widest = max(A.shape[0] * A.shape[1], *(tensor.stride(1) for tensor in (u, dt, B, C)))
+    widest = max(A_log.shape[0] * A_log.shape[1], *(tensor.stride(1) for tensor in (u, dt, B, C)))
     if u.shape[1] * widest >= 2**31:
         raise ValueError(
             f"length: {u.shape[1]} given; the kernels accept {(2**31 - 1) // widest} at this width"
         )
-    inputs = (u, dt, dt_proj_weight.to(dt.dtype), A, B, C, D, delta_bias, paths)
+    inputs = (u, dt, dt_proj_weight.to(dt.dtype), A_log, B, C, D, delta_bias, paths)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _SelectiveScan.apply(*inputs)
     y, _ = _forward(*inputs, save_states=False)
-    return _sum_of_groups(y)
+    return y

@@ -28,7 +28,7 @@ def selective_scan(
     u: Tensor,
     dt: Tensor,
     dt_proj_weight: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor,
@@ -39,7 +39,7 @@ def selective_scan(
     dtype = torch.promote_types(u.dtype, torch.float32)
     delta = project_dt(dt, dt_proj_weight)  # (batch, length, directions, d_inner)
     u, delta, B, C = (tensor.to(dtype) for tensor in (u, delta, B, C))
-    rows = _rows_along(paths)
+    A, rows = -torch.exp(A_log.to(dtype)), _rows_along(paths)
     step = F.softplus(delta + delta_bias)
     step_u = _ToPath.apply(step * u.unsqueeze(2), rows)  # (batch, path_length, directions, d_inner)
     step, B, C = (_ToPath.apply(x, rows) for x in (step, B, C))
@@ -48,7 +48,7 @@ def selective_scan(
     for A_n, B_n, C_n in zip(A.unbind(-1), B.split(1, -1), C.split(1, -1), strict=True):
         y = torch.addcmul(y, linear_recurrence(torch.exp(step * A_n), step_u * B_n), C_n)
     skip = torch.matmul(_visits(paths, u.shape[1], dtype), D.to(dtype)) * u  # (batch, length, d_inner)
-    return _ToGrid.apply(y, rows, u.shape[1]).sum(2) + skip
+    return (_ToGrid.apply(y, rows, u.shape[1]).sum(2) + skip).unsqueeze(2)
 
 
 def linear_recurrence(a: Tensor, b: Tensor) -> Tensor:

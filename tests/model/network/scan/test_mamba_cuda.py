@@ -18,7 +18,7 @@ from torch import Tensor
 from model.network.scan import mamba_cuda, reference
 from model.network.scan.paths import scan_paths
 
-NAMES = ("u", "dt", "dt_proj_weight", "A", "B", "C", "D", "delta_bias")
+NAMES = ("u", "dt", "dt_proj_weight", "A_log", "B", "C", "D", "delta_bias")
 TOLERANCE = {  # relative RMS of y and of each gradient
     torch.float32: 2e-5,  # the kernels' fast exponentials, and sums in any order
     torch.bfloat16: 1e-2,  # y, du, ddelta of each direction, dB, dC and the kernels' dy are rounded to 2**-9
@@ -65,7 +65,7 @@ def scan_inputs(
         normal(batch, length, d_inner).to(dtype),
         normal(batch, length, directions, rank).to(dtype),
         normal(directions, d_inner, rank).to(dtype) * rank**-0.5,
-        -torch.exp(normal(directions, d_inner, d_state)),
+        normal(directions, d_inner, d_state),
         normal(batch, length, directions, d_state).to(dtype),
         normal(batch, length, directions, d_state).to(dtype),
         normal(directions, d_inner),

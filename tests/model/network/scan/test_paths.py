@@ -157,7 +157,7 @@ def test_a_direction_leaves_unvisited_tokens_alone() -> None:
     others = torch.ones(1, 4, 1, 1)
     one, zero = torch.ones(1, 1), torch.zeros(1, 1)
     y = reference.selective_scan(
-        u, others, one[..., None], -one[..., None], others, others, one, zero, torch.tensor([[2, 0]])
+        u, others, one[..., None], zero[..., None], others, others, one, zero, torch.tensor([[2, 0]])
     )
     assert y[0, 1] == 0
     assert y[0, 3] == 0

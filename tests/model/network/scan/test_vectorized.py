@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ TOLERANCE = {  # relative RMS of the output and of each gradient
     torch.float32: 2e-6,  # likewise
     torch.bfloat16: 1e-2,  # gradients of bf16 inputs are rounded to bf16
 }
-NAMES = ("u", "dt", "dt_proj_weight", "A", "B", "C", "D", "delta_bias")
+NAMES = ("u", "dt", "dt_proj_weight", "A_log", "B", "C", "D", "delta_bias")
 CASES = {
     "one-token": {"grid": (1, 1)},
     "two-tokens": {"grid": (1, 2)},
@@ -54,7 +56,7 @@ def scan_inputs(
         normal(batch, length, d_inner).to(dtype),
         normal(batch, length, directions, rank).to(dtype),
         normal(directions, d_inner, rank).to(dtype) * rank**-0.5,
-        -torch.exp(normal(directions, d_inner, d_state)).to(wide),
+        normal(directions, d_inner, d_state).to(wide),
         normal(batch, length, directions, d_state).to(dtype),
         normal(batch, length, directions, d_state).to(dtype),
         normal(directions, d_inner).to(wide),
@@ -91,7 +93,7 @@ def test_vectorized_scan_and_every_gradient_equal_the_reference(case: str, dtype
 def test_vectorized_scan_is_exact_where_products_of_decays_vanish(scale: float) -> None:
     inputs, paths = scan_inputs(grid=(8, 16), dtype=torch.float32, d_state=2)
     with torch.no_grad():
-        inputs[3].mul_(scale)  # A
+        inputs[3].add_(math.log(scale))  # A_log
         inputs[7].add_(2.0)  # delta's bias
     given = output_and_gradients(vectorized.selective_scan, inputs, paths)
     expected = output_and_gradients(reference.selective_scan, inputs, paths)
@@ -115,7 +117,7 @@ def test_softplus_is_the_identity_above_twenty() -> None:
     one = torch.ones(1, 1, 1, 1)
     delta, paths = 21.5 * one, torch.zeros(1, 1, dtype=torch.int64)
     for scan in (reference.selective_scan, vectorized.selective_scan):
-        y = scan(u, delta, one[0], -one[0], one, one, torch.zeros(1, 1), torch.zeros(1, 1), paths)
+        y = scan(u, delta, one[0], 0 * one[0], one, one, torch.zeros(1, 1), torch.zeros(1, 1), paths)
         assert float(y) == 21.5
 
 
