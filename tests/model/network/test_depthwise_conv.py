@@ -30,12 +30,13 @@ if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 TOLERANCE = {  # relative RMS of the output and of each gradient
-    torch.float32: 1e-6,  # order of sums; on a GPU also fast exp2 and rsqrt, 2**-22 each: measured 2e-7
+    torch.float32: 1e-5,  # fast exp2 and rsqrt, 2**-22 each; order of sums, over 2**17 tokens for the weights
     # The results are rounded to 2**-9, du after dpre was; the interpreter cuts them off instead, which
     # doubles the error: measured 6e-3 at most.
     torch.bfloat16: 1e-2,
     torch.float16: 1e-3,  # the same with 2**-12, rounded: measured 3e-4
 }
+INTERPRETER_TOLERANCE = TOLERANCE | {torch.float32: 1e-6}  # numpy's fp32: measured 2e-7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,8 @@ def assert_matches_reference(
     for name, gradient, exact_gradient in zip(inputs, gradients, expected_gradients, strict=True):
         assert gradient.dtype == dtype
         errors[name] = relative_rms(gradient, exact_gradient)
-    assert max(errors.values()) <= TOLERANCE[dtype], errors
+    tolerance = TOLERANCE if device == "cuda" else INTERPRETER_TOLERANCE
+    assert max(errors.values()) <= tolerance[dtype], errors
 
 
 @pytest.mark.usefixtures("interpreted")
