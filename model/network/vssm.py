@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import dt_rank
+from model.network import depthwise_conv
 from model.network.geometry import GridGeometry
 from model.network.scan import ScanBackend
 
@@ -28,7 +29,7 @@ _DT_MIN, _DT_MAX = 1e-3, 0.1
 class VisualStateSpace(nn.Module):
     """SS2D and its alternatives, `(B, H, W, d) -> (B, H, W, d)`.
 
-    `scan_backend` is set by whoever loads the network (`LaMambaDiff.use_scan_backend`).
+    `scan_backend` and `use_kernels` are set by whoever loads the network (`LaMambaDiff.use_scan_backend`).
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class VisualStateSpace(nn.Module):
     ) -> None:
         super().__init__()
         self.scan_backend = scan_backend
+        self.use_kernels = scan_backend.kernels
         d_inner, rank = EXPAND * width, dt_rank(width)
         self.splits = (rank, d_state, d_state)
         self.in_proj = nn.Linear(width, 2 * d_inner, bias=False)
@@ -64,7 +66,10 @@ class VisualStateSpace(nn.Module):
 
     def forward(self, x: Tensor, geometry: GridGeometry) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, H, W, d_inner) each
-        u = F.silu(self.conv(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, H, W, d_inner)
+        if self.use_kernels:
+            u = depthwise_conv.conv3x3_silu(u, self.conv.weight, self.conv.bias)
+        else:
+            u = F.silu(self.conv(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         y = self._scan(u.flatten(1, 2), geometry)  # (B, L, groups, d_inner)
         y = y.squeeze(2) if y.shape[2] == 1 else y.sum(2, dtype=torch.float32)
         norm = self.out_norm

@@ -18,11 +18,17 @@ import torch
 from torch import Tensor
 
 from model.config import LaMambaConfig
-from model.network import window_attention, window_attention_kernels
+from model.network import (
+    depthwise_conv,
+    depthwise_conv_kernels,
+    window_attention,
+    window_attention_kernels,
+)
 from model.network.attention import WindowAttention
 from model.network.geometry import GridGeometry
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import ScanBackend, vectorized
+from model.network.vssm import VisualStateSpace
 from tests.triton_interpreter import interpret_kernels
 
 if find_spec("triton") is None:
@@ -253,7 +259,11 @@ NETWORK = LaMambaConfig(
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("size", [(8, 8), (16, 8)], ids=["square", "other_size"])
-def test_network_with_kernels_equals_the_network_with_torchs_attention(size: tuple[int, int]) -> None:
+def test_network_with_kernels_equals_the_network_with_torchs_operations(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    interpret_kernels(depthwise_conv_kernels, monkeypatch)
+    monkeypatch.setattr(depthwise_conv, "FORWARD_PROGRAMS", 1)  # fewer, longer ones: the interpreter's time
     torch.manual_seed(0)
     network = LaMambaDiff(**dataclasses.asdict(NETWORK)).eval().requires_grad_(False)
     for name, parameter in network.named_parameters():
@@ -261,8 +271,8 @@ def test_network_with_kernels_equals_the_network_with_torchs_attention(size: tup
             torch.nn.init.normal_(parameter, std=0.3)
     inputs = (torch.randn(2, 4, *size), torch.tensor([0.0, 700.5]), torch.tensor([0, 5]))
     expected = network(*inputs).sample
-    network.use_scan_backend(ScanBackend("kernels", vectorized.selective_scan, attention_kernels=True))
-    assert all(m.use_kernels for m in network.modules() if isinstance(m, WindowAttention))
+    network.use_scan_backend(ScanBackend("kernels", vectorized.selective_scan, kernels=True))
+    assert all(m.use_kernels for m in network.modules() if isinstance(m, WindowAttention | VisualStateSpace))
     assert relative_rms(network(*inputs).sample, expected) < 2e-5  # as another batch size makes
 
 
