@@ -149,13 +149,13 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             self.geometries[_geometry_key(height, width, divisor)] = geometry.to(self.position_embed.device)
 
     def use_scan_backend(self, backend: ScanBackend) -> None:
-        """Run the scans of all blocks with `backend` from now on, and their window attention as it says."""
+        """Run the scans of all blocks with `backend` from now on, and the rest of them as it says."""
         self._scan_backend = backend
         for module in self.modules():
             if isinstance(module, VisualStateSpace):
                 module.scan_backend = backend
             elif isinstance(module, WindowAttention):
-                module.use_kernels = backend.attention_kernels
+                module.use_kernels = backend.kernels
 
     @property
     def scan_backend(self) -> str:

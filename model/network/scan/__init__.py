@@ -27,12 +27,12 @@ SCAN_BACKENDS: tuple[str, ...] = ("reference", "vectorized", "mamba_cuda", "trit
 class ScanBackend:
     """A selective scan and the name it is reported under.
 
-    `attention_kernels`: whether window attention runs on Triton's kernels too, rather than on torch's.
+    `kernels`: whether the rest of a block runs on Triton's kernels too, rather than on torch's.
     """
 
     name: str
     selective_scan: SelectiveScan
-    attention_kernels: bool = False
+    kernels: bool = False
 
 
 def resolve_scan_backend(name: str = "auto", device: torch.device | str = "cpu") -> ScanBackend:
@@ -56,7 +56,7 @@ def resolve_scan_backend(name: str = "auto", device: torch.device | str = "cpu")
     if name == "triton":
         if not triton_scan.is_available(device):
             raise ValueError("scan_backend: 'triton' given; it needs a CUDA device and the package triton")
-        return ScanBackend(name, triton_scan.selective_scan, attention_kernels=True)
+        return ScanBackend(name, triton_scan.selective_scan, kernels=True)
     raise ValueError(f"scan_backend: {name!r} given; auto or one of {', '.join(SCAN_BACKENDS)} is accepted")
 
 

@@ -261,7 +261,7 @@ def test_network_with_kernels_equals_the_network_with_torchs_attention(size: tup
             torch.nn.init.normal_(parameter, std=0.3)
     inputs = (torch.randn(2, 4, *size), torch.tensor([0.0, 700.5]), torch.tensor([0, 5]))
     expected = network(*inputs).sample
-    network.use_scan_backend(ScanBackend("kernels", vectorized.selective_scan, attention_kernels=True))
+    network.use_scan_backend(ScanBackend("kernels", vectorized.selective_scan, kernels=True))
     assert all(m.use_kernels for m in network.modules() if isinstance(m, WindowAttention))
     assert relative_rms(network(*inputs).sample, expected) < 2e-5  # as another batch size makes
 
