@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import dt_rank
+from model.network import fused_norms
 from model.network.geometry import GridGeometry
 from model.network.scan import ScanBackend
 
@@ -28,7 +29,7 @@ _DT_MIN, _DT_MAX = 1e-3, 0.1
 class VisualStateSpace(nn.Module):
     """SS2D and its alternatives, `(B, H, W, d) -> (B, H, W, d)`.
 
-    `scan_backend` is set by whoever loads the network (`LaMambaDiff.use_scan_backend`).
+    `scan_backend` and `use_kernels` are set by whoever loads the network (`LaMambaDiff.use_scan_backend`).
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class VisualStateSpace(nn.Module):
     ) -> None:
         super().__init__()
         self.scan_backend = scan_backend
+        self.use_kernels = False
         d_inner, rank = EXPAND * width, dt_rank(width)
         self.splits = (rank, d_state, d_state)
         self.in_proj = nn.Linear(width, 2 * d_inner, bias=False)
@@ -67,6 +69,8 @@ class VisualStateSpace(nn.Module):
         u = F.silu(self.conv(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, H, W, d_inner)
         y = self._scan(u.flatten(1, 2), geometry)  # (B, L, d_inner) fp32
         norm = self.out_norm
+        if fused_norms.kernels_run(self.use_kernels):
+            return self.out_proj(fused_norms.gated_norm(y, z, norm.weight, norm.bias, norm.eps))
         y = F.layer_norm(
             y, norm.normalized_shape, norm.weight.to(y.dtype), norm.bias.to(y.dtype), norm.eps
         ).view_as(u)
