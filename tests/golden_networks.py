@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model.authors_format import from_authors, to_authors
 from model.config import LaMambaConfig
 from model.network.lamamba import LaMambaDiff
+from model.network.residual import Residual
 
 FOLDER = Path(__file__).parent / "golden"
 NETWORKS = ("xl-like", "s-like", "n8-plain", "no-attention", "patch2", "unconditional")
@@ -93,17 +94,21 @@ def activations(network: LaMambaDiff, inputs: tuple[Tensor, Tensor, Tensor]) -> 
 
 
 def _keep_input(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found[name] = args[0]
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found[name] = _sum(args[0])
 
     return hook
 
 
 def _keep_output(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        found[name] = output
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | Residual) -> None:
+        found[name] = _sum(output)
 
     return hook
+
+
+def _sum(value: Tensor | Residual) -> Tensor:
+    return value.sum() if isinstance(value, Residual) else value
 
 
 def _single(value: Tensor) -> Tensor:

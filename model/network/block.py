@@ -7,18 +7,24 @@ from torch import Tensor, nn
 
 from model.config import LaMambaConfig
 from model.network.attention import WindowAttention
+from model.network.fused_norms import kernels_run, linear_gelu
 from model.network.geometry import GridGeometry
+from model.network.residual import Residual, ResidualNorm
 from model.network.scan import ScanBackend
 from model.network.scan.paths import NUM_DIRECTIONS
 from model.network.vssm import VisualStateSpace
 
 
 class LaMambaBlock(nn.Module):
-    """`(B, H, W, d)` and AdaLN vectors `(B, 9d)` to `(B, H, W, d)`; the identity at initialisation.
+    """A residual of `(B, H, W, d)` and AdaLN vectors `(B, 9d)` to such a residual; the identity at
+    initialisation.
 
         x = x + gate * VSSM(modulate(LN(x)))
         x = x + gate * attention(modulate(LN(x)))
         x = x + gate * FFN(modulate(LN(x)))
+
+    Each sum is made by the norm that follows it (`ResidualNorm`), where kernels do that also the last: by the
+    next block's. `use_kernels` is set by whoever loads the network (`LaMambaDiff.use_scan_backend`).
 
     Args:
         config: the network's.
@@ -40,12 +46,13 @@ class LaMambaBlock(nn.Module):
         scan_backend: ScanBackend,
     ) -> None:
         super().__init__()
+        self.use_kernels = False
         self.has_attention = config.attention != "none"
         self.conditioning_proj = (
             nn.Linear(config.conditioning_size, width) if project_conditioning else nn.Identity()
         )
         self.modulation = nn.Linear(width, (9 if self.has_attention else 6) * width)
-        self.vssm_norm = nn.LayerNorm(width)
+        self.vssm_norm = ResidualNorm(width)
         self.vssm = VisualStateSpace(
             width,
             d_state=config.d_state,
@@ -54,33 +61,50 @@ class LaMambaBlock(nn.Module):
             scan_backend=scan_backend,
         )
         if self.has_attention:
-            self.attention_norm = nn.LayerNorm(width)
+            self.attention_norm = ResidualNorm(width)
             self.attention = WindowAttention(
                 width, num_heads=config.num_heads, window_size=window_size, shifted=shifted
             )
-        self.ffn_norm = nn.LayerNorm(width)
-        self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.ffn_norm = ResidualNorm(width)
+        self.ffn = FeedForward(width)
 
     def adaln_vectors(self, c: Tensor) -> Tensor:
         """What `forward` takes of the conditioning c `(B, C)`: `(B, 9d)`, without attention `(B, 6d)`."""
         return self.modulation(F.silu(self.conditioning_proj(c)))
 
-    def forward(self, x: Tensor, vectors: Tensor, geometry: GridGeometry) -> Tensor:
-        vectors = vectors[:, None, None]  # (B, 1, 1, 9d)
+    def forward(self, residual: Residual, vectors: Tensor, geometry: GridGeometry) -> Residual:
         if self.has_attention:
-            vssm, attention, ffn = vectors.chunk(3, dim=-1)
+            vssm, attention, ffn = vectors.chunk(3, dim=-1)  # (B, 3d) each
         else:
             vssm, ffn = vectors.chunk(2, dim=-1)
 
-        shift, scale, gate = vssm.chunk(3, dim=-1)  # (B, 1, 1, d) each
-        x = x + gate * self.vssm(modulate(self.vssm_norm(x), shift, scale), geometry)
+        shift, scale, gate = vssm.chunk(3, dim=-1)  # (B, d) each
+        x, h = self.vssm_norm(residual, shift, scale)
+        residual = Residual(x, self.vssm(h, geometry), gate)
         if self.has_attention:
             shift, scale, gate = attention.chunk(3, dim=-1)
-            x = x + gate * self.attention(modulate(self.attention_norm(x), shift, scale), geometry)
+            x, h = self.attention_norm(residual, shift, scale)
+            residual = Residual(x, self.attention(h, geometry), gate)
         shift, scale, gate = ffn.chunk(3, dim=-1)
-        return x + gate * self.ffn(modulate(self.ffn_norm(x), shift, scale))
+        x, h = self.ffn_norm(residual, shift, scale)
+        residual = Residual(x, self.ffn(h), gate)
+        return residual if kernels_run(self.use_kernels) else Residual(residual.sum())
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN's affine map, `x * (1 + scale) + shift`."""
-    return x * (1 + scale) + shift
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear: `(..., d) -> (..., d)`, four times as wide inside.
+
+    `use_kernels` is set by whoever loads the network (`LaMambaDiff.use_scan_backend`).
+    """
+
+    use_kernels: bool = False
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        widen, gelu, narrow = self
+        if kernels_run(self.use_kernels):
+            assert isinstance(widen, nn.Linear)
+            return narrow(linear_gelu(x, widen.weight, widen.bias))
+        return narrow(gelu(widen(x)))

@@ -125,7 +125,7 @@ class PatchEmbed(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         p = self.patch_size
         patches = rearrange(latents, "b c (h p1) (w p2) -> b h w (c p1 p2)", p1=p, p2=p)
-        return self.norm(self.proj(patches))
+        return self.norm(self.proj(patches.contiguous()))  # contiguous: torch adds the bias in the product
 
 
 def position_table(side: int, width: int) -> Tensor:

@@ -19,8 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from model.config import LaMambaConfig, Stage
-from model.network.attention import WindowAttention
-from model.network.block import LaMambaBlock, modulate
+from model.network.block import LaMambaBlock
 from model.network.conditioning import ConditioningStack
 from model.network.embed import (
     LabelEmbedding,
@@ -34,6 +33,7 @@ from model.network.embed import (
 )
 from model.network.geometry import GridGeometry
 from model.network.resample import AddSkip, ConcatSkip, PatchExpanding, PatchMerging
+from model.network.residual import Residual, ResidualNorm
 from model.network.scan import ScanBackend, resolve_scan_backend
 from model.network.vssm import VisualStateSpace
 
@@ -154,8 +154,8 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, VisualStateSpace):
                 module.scan_backend = backend
-            if isinstance(module, VisualStateSpace | WindowAttention):
-                module.use_kernels = backend.kernels
+            if hasattr(module, "use_kernels"):
+                module.use_kernels = backend.kernels  # type: ignore[assignment]  # a bool, as declared
 
     @property
     def scan_backend(self) -> str:
@@ -301,6 +301,7 @@ class FinalLayer(nn.Module):
         self.expanding = PatchExpanding(width, width, factor=config.patch_size)
         self.conditioning_proj = nn.Linear(config.conditioning_size, width)
         self.modulation = nn.Linear(width, 2 * width)
+        self.norm = ResidualNorm(width, eps=_FINAL_NORM_EPS, elementwise_affine=False)
         self.linear = nn.Linear(width, config.out_channels)
 
     def adaln_vectors(self, c: Tensor) -> Tensor:
@@ -308,9 +309,8 @@ class FinalLayer(nn.Module):
         return self.modulation(F.silu(self.conditioning_proj(c)))
 
     def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
-        x = self.expanding(x)
-        shift, scale = vectors[:, None, None].chunk(2, dim=-1)  # (B, 1, 1, D) each
-        x = modulate(F.layer_norm(x, x.shape[-1:], eps=_FINAL_NORM_EPS), shift, scale)
+        shift, scale = vectors.chunk(2, dim=-1)  # (B, D) each
+        _, x = self.norm(Residual(self.expanding(x)), shift, scale)
         return self.linear(x).movedim(-1, 1)
 
 
@@ -321,9 +321,10 @@ def meta_network(config: LaMambaConfig) -> LaMambaDiff:
 
 
 def _run(blocks: nn.Module, x: Tensor, vectors: Iterator[Tensor], geometry: nn.Module) -> Tensor:
+    residual = Residual(x)
     for block in blocks.children():
-        x = block(x, next(vectors), geometry)
-    return x
+        residual = block(residual, next(vectors), geometry)
+    return residual.sum()
 
 
 def _geometry_key(height: int, width: int, divisor: int) -> str:

@@ -9,9 +9,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.network import fused_norms
+
 
 class PatchMerging(nn.Module):
-    """`(B, H, W, d) -> (B, H/2, W/2, out_width)`: four neighbours, LayerNorm, linear."""
+    """`(B, H, W, d) -> (B, H/2, W/2, out_width)`: four neighbours, LayerNorm, linear.
+
+    `use_kernels` is set by whoever loads the network (`LaMambaDiff.use_scan_backend`).
+    """
+
+    use_kernels: bool = False
 
     def __init__(self, width: int, out_width: int) -> None:
         super().__init__()
@@ -19,13 +26,21 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * width, out_width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        if fused_norms.kernels_run(self.use_kernels):
+            return self.reduction(fused_norms.merged_norm(x, norm.weight, norm.bias, norm.eps, factor=2))
         # Rows vary fastest among the four: (0,0), (1,0), (0,1), (1,1).
         x = rearrange(x, "b (h p1) (w p2) d -> b h w (p2 p1 d)", p1=2, p2=2)
-        return self.reduction(self.norm(x))
+        return self.reduction(norm(x))
 
 
 class PatchExpanding(nn.Module):
-    """`(B, H, W, d) -> (B, f H, f W, out_width)`: linear, channels spread over the grid, LayerNorm."""
+    """`(B, H, W, d) -> (B, f H, f W, out_width)`: linear, channels spread over the grid, LayerNorm.
+
+    `use_kernels` is set by whoever loads the network (`LaMambaDiff.use_scan_backend`).
+    """
+
+    use_kernels: bool = False
 
     def __init__(self, width: int, out_width: int, *, factor: int) -> None:
         super().__init__()
@@ -34,8 +49,10 @@ class PatchExpanding(nn.Module):
         self.norm = nn.LayerNorm(out_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self.factor
-        return self.norm(rearrange(self.expand(x), "b h w (p1 p2 d) -> b (h p1) (w p2) d", p1=p, p2=p))
+        p, norm, x = self.factor, self.norm, self.expand(x)
+        if fused_norms.kernels_run(self.use_kernels):
+            return fused_norms.expanded_norm(x, norm.weight, norm.bias, norm.eps, factor=p)
+        return norm(rearrange(x, "b h w (p1 p2 d) -> b (h p1) (w p2) d", p1=p, p2=p))
 
 
 class AddSkip(nn.Module):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import dt_rank
-from model.network import depthwise_conv
+from model.network import depthwise_conv, fused_norms
 from model.network.geometry import GridGeometry
 from model.network.scan import ScanBackend
 
@@ -71,8 +71,10 @@ class VisualStateSpace(nn.Module):
         else:
             u = F.silu(self.conv(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         y = self._scan(u.flatten(1, 2), geometry)  # (B, L, groups, d_inner)
-        y = y.squeeze(2) if y.shape[2] == 1 else y.sum(2, dtype=torch.float32)
         norm = self.out_norm
+        if fused_norms.kernels_run(self.use_kernels):
+            return self.out_proj(fused_norms.gated_norm(y, z, norm.weight, norm.bias, norm.eps))
+        y = y.squeeze(2) if y.shape[2] == 1 else y.sum(2, dtype=torch.float32)
         y = F.layer_norm(
             y, norm.normalized_shape, norm.weight.to(y.dtype), norm.bias.to(y.dtype), norm.eps
         ).view_as(u)

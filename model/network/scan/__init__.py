@@ -27,8 +27,7 @@ SCAN_BACKENDS: tuple[str, ...] = ("reference", "vectorized", "mamba_cuda", "trit
 class ScanBackend:
     """A selective scan and the name it is reported under.
 
-    `kernels`: whether the rest of a block - window attention, the depthwise convolution - runs on Triton's
-    kernels too, rather than on torch's.
+    `kernels`: whether the rest of a block runs on Triton's kernels too, rather than on torch's.
     """
 
     name: str

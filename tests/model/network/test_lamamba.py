@@ -14,6 +14,7 @@ from torch import Tensor
 from model.config import LaMambaConfig
 from model.diffusion import guided_eps
 from model.network.lamamba import LaMambaDiff
+from model.network.residual import Residual
 from model.network.scan import resolve_scan_backend
 from tests.golden_networks import MAX_ABS, MAX_ABS_GUIDED, NETWORKS, activations, load_golden
 
@@ -130,7 +131,8 @@ def test_an_untrained_network_is_the_identity_in_each_block() -> None:
         second = network(latents, torch.tensor([5, 700, 3]), torch.tensor([4, 5, 0])).sample
         tokens = torch.randn(1, 8, 8, 8)
         block = network.encoder[0][0]
-        unchanged = block(tokens, block.adaln_vectors(torch.randn(1, 32)), network.geometries["8x8/1"])
+        vectors = block.adaln_vectors(torch.randn(1, 32))
+        unchanged = block(Residual(tokens), vectors, network.geometries["8x8/1"]).sum()
     assert torch.equal(first, second)
     assert torch.equal(unchanged, tokens)
     assert first.std() > 0.1  # unlike DiT's, the final linear map does not start at zero
