@@ -279,7 +279,7 @@ def selective_scan_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         earlier = (other < chunk) & in_channels[None, :]
         decays = tl.load(decays_ptr + chunk_offsets[None, :] + other * d_inner, mask=earlier, other=1.0)
         ends = tl.load(ends_ptr + chunk_offsets[None, :] + other * d_inner, mask=earlier, other=0.0)
-        _, ends = tl.associative_scan((decays, ends), 0, _compose)
+        decays, ends = tl.associative_scan((decays, ends), 0, _compose)
         states = _row(ends, CHUNKS - 1)
 
     for tile in tl.range(0, num_tiles, num_stages=STAGES):
