@@ -272,7 +272,7 @@ def selective_scan_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     C_ptr += batch * C_batch + direction * C_direction
     paths_ptr += direction * path_length
     chunk_offsets = row * CHUNKS * d_inner + channel
-    elapsed = tl.zeros((BLOCK_C,), tl.float32)  # the sum of the chunk's steps
+    decay = tl.full((BLOCK_C,), 1.0, tl.float32)  # of the chunk
 
     if CHUNKS > 1 and not ENDS_ONLY:
         other = tl.arange(0, CHUNKS)[:, None]
@@ -318,22 +318,22 @@ def selective_scan_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
             a = tl.exp2(dt * _state(A, n, D_STATE)[None, :])
             b = drive * B[:, None]
             b = tl.where(first, b + a * start[None, :], b)
-            _, h = tl.associative_scan((a, b), 0, _compose)
-            if not ENDS_ONLY:
+            along, h = tl.associative_scan((a, b), 0, _compose)
+            if ENDS_ONLY:
+                decay *= _row(along, STEPS - 1)
+            else:
                 C = tl.load(C_ptr + token * C_TOKEN + n * C_state, mask=in_path, other=0.0)
                 y += C.to(tl.float32)[:, None] * h
             if SAVE_STATES and D_STATE == 1:
                 h_offsets = step[:, None] * d_inner + channel[None, :]
                 tl.store(states_ptr + h_offsets, h.to(states_ptr.dtype.element_ty), mask=mask)
             states = _with_state(states, n, _row(h, STEPS - 1), D_STATE)
-        if ENDS_ONLY:
-            elapsed += tl.sum(dt, axis=0)
-        else:
+        if not ENDS_ONLY:
             y_ptrs_here = y_ptrs[None, :] + (token * Y_TOKEN)[:, None]
             tl.store(y_ptrs_here, y.to(y_ptr.dtype.element_ty), mask=mask)
 
     if ENDS_ONLY:
-        tl.store(decays_ptr + chunk_offsets + chunk * d_inner, tl.exp2(A * elapsed), mask=in_channels)
+        tl.store(decays_ptr + chunk_offsets + chunk * d_inner, decay, mask=in_channels)
         tl.store(ends_ptr + chunk_offsets + chunk * d_inner, states, mask=in_channels)
 
 
