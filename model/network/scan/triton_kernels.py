@@ -366,14 +366,11 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     num_blocks,
     num_tiles,
     u_batch,
-    u_token,
     dt_batch,
     B_batch,
-    B_token,
     B_direction,
     B_state,
     C_batch,
-    C_token,
     C_direction,
     C_state,
     D_STATE: tl.constexpr,
@@ -381,7 +378,10 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     REST: tl.constexpr,
+    U_TOKEN: tl.constexpr,
     DT_TOKEN: tl.constexpr,
+    B_TOKEN: tl.constexpr,
+    C_TOKEN: tl.constexpr,
     DT_DIRECTION: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
@@ -389,6 +389,7 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     BLOCK_C: tl.constexpr,
     VECTOR: tl.constexpr,
     LANES_ARE_CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,  # how many tiles are under way
 ):
     program = tl.program_id(0).to(tl.int64)
     direction = program % directions
@@ -438,13 +439,13 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         row = batch * directions + direction
         states_ptr += (row * num_blocks + block) * num_tiles * D_STATE * BLOCK_C
 
-    for i in range(num_tiles):
+    for i in tl.range(0, num_tiles, num_stages=STAGES):
         tile = num_tiles - 1 - i
         step = tile * STEPS + (STEPS - 1 - tl.arange(0, STEPS))  # last step first, as g is scanned
         in_path = step < path_length
-        token = tl.load(paths_ptr + direction * path_length + step, mask=in_path, other=0).to(tl.int32)
+        token = tl.load(paths_ptr + direction * path_length + step, mask=in_path, other=0).to(tl.int64)
         mask = in_path[:, None] & in_channels[None, :]
-        u = tl.load(u_ptr + token[:, None] * u_token + channel[None, :], mask=mask, other=0.0)
+        u = tl.load(u_ptr + (token * U_TOKEN)[:, None] + channel[None, :], mask=mask, other=0.0)
         u = u.to(tl.float32)
         dy = tl.load(dy_ptr + token[:, None] * d_inner + channel[None, :], mask=mask, other=0.0)
         delta = _delta(
@@ -466,8 +467,8 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         ddt = tl.zeros((STEPS, BLOCK_C), tl.float32)
         ddrive = tl.zeros((STEPS, BLOCK_C), tl.float32)
         for n in range(D_STATE):
-            B = tl.load(B_ptr + token * B_token + n * B_state, mask=in_path, other=0.0).to(tl.float32)
-            C = tl.load(C_ptr + token * C_token + n * C_state, mask=in_path, other=0.0).to(tl.float32)
+            B = tl.load(B_ptr + token * B_TOKEN + n * B_state, mask=in_path, other=0.0).to(tl.float32)
+            C = tl.load(C_ptr + token * C_TOKEN + n * C_state, mask=in_path, other=0.0).to(tl.float32)
             A_n = _state(A, n, D_STATE)
             a = tl.exp2(dt * (A_n * 1.4426950408889634)[None, :])
             b = drive * B[:, None]

@@ -23,6 +23,7 @@ FILLING_PROGRAMS = 8 * 132
 FEW_PROGRAMS = FILLING_PROGRAMS // 3
 CHUNK_TILES = 4  # of a chunk at least
 MAX_CHUNKS = 32
+BACKWARD_STAGES = 2  # tiles of the backward that are under way
 
 
 def is_available(device: torch.device | str) -> bool:
@@ -112,7 +113,7 @@ class _Grid:
             num_programs=num_rows * num_blocks * chunks,
         )
 
-    def options(self, dt: Tensor, d_state: int) -> dict[str, Any]:
+    def options(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, d_state: int) -> dict[str, Any]:
         """The compile-time arguments of both kernels."""
         tile, rank = self.tile, dt.shape[3]
         # Of the power of two that spans it, a rank such as 80 would leave a third empty: 64 + 16 is spanned.
@@ -127,6 +128,9 @@ class _Grid:
             "RANK": rank,
             "RANKS": ranks // 2 if rest else ranks,
             "REST": rest,
+            "U_TOKEN": u.stride(1),
+            "B_TOKEN": B.stride(1),
+            "C_TOKEN": C.stride(1),
             "DT_TOKEN": dt.stride(1),
             "DT_DIRECTION": dt.stride(2),
             "PRECISION": "tf32x3" if dt.dtype == torch.float32 else "ieee",
@@ -175,15 +179,11 @@ def _forward(
     per_chunk = (batch, directions, grid.chunks, d_inner) if grid.chunks > 1 else (0,)
     decays, ends = (u.new_empty(per_chunk, dtype=torch.float32) for _ in range(2))
     long = path_length >= 1024
-    options = grid.options(dt, d_state) | {
-        "U_TOKEN": u.stride(1),
-        "B_TOKEN": B.stride(1),
-        "C_TOKEN": C.stride(1),
+    options = grid.options(u, dt, B, C, d_state) | {
         "Y_TOKEN": y.stride(1),
         "EVEN": path_length % (grid.chunks * grid.tile.steps) == 0 and d_inner % grid.tile.block_c == 0,
         "CHUNKS": grid.chunks,
-        # The tile after the next is fetched too; with several states there is no room for it.
-        "STAGES": (3 if long else 2) if d_state == 1 else 1,
+        "STAGES": 1 if d_state > 1 else 3 if long else 2,
     }
 
     def launch(num_chunks: int, **flags: bool) -> None:
@@ -266,12 +266,11 @@ def _backward(
         dy,
         *gradients,
         *(*u.shape[:2], paths.shape[1], u.shape[2], len(paths), grid.num_blocks, grid.num_tiles),
-        *(*u.stride()[:2], dt.stride(0), *B.stride(), *C.stride()),
+        *(u.stride(0), dt.stride(0), B.stride(0), *B.stride()[2:], C.stride(0), *C.stride()[2:]),
     )
+    options = grid.options(u, dt, B, C, d_state) | {"STAGES": BACKWARD_STAGES if d_state == 1 else 1}
     with torch.cuda.device_of(u):
-        triton_kernels.selective_scan_bwd_kernel[(grid.num_programs,)](
-            *arguments, **grid.options(dt, d_state)
-        )
+        triton_kernels.selective_scan_bwd_kernel[(grid.num_programs,)](*arguments, **options)
     return gradients
 
 
