@@ -53,22 +53,35 @@ _PATCH, _IN_CHANNELS, _OUT_CHANNELS, _FREQUENCIES = 2, 4, 8, 256
 
 
 def build_lamamba(
-    preset: str, side: int, *, d_state: int, device: torch.device, dtype: torch.dtype
+    preset: str,
+    side: int,
+    *,
+    d_state: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    trainable: bool = False,
 ) -> LaMambaDiff:
-    """Ours with random weights, modulations included (zeros would make every block the identity)."""
+    """Ours with random weights, modulations included (zeros would make every block the identity).
+
+    `trainable`: in train mode and with gradients, rather than made ready for inference.
+    """
     torch.manual_seed(0)
     with device:
         network = LaMambaDiff(**dataclasses.asdict(architecture(preset, side, d_state=d_state)))
     for name, parameter in network.named_parameters():
         if "modulation" in name:
             nn.init.normal_(parameter, std=0.02)
+    if trainable:
+        return _trainable(network, dtype)
     frozen: LaMambaDiff = _frozen(network, dtype)
     frozen.stack_conditioning()
     return frozen
 
 
-def build_dit(preset: str, side: int, *, device: torch.device, dtype: torch.dtype) -> DiTTransformer2DModel:
-    """The peer with torch's random weights, of which none is zero."""
+def build_dit(
+    preset: str, side: int, *, device: torch.device, dtype: torch.dtype, trainable: bool = False
+) -> DiTTransformer2DModel:
+    """The peer with torch's random weights, of which none is zero; `trainable` as in `build_lamamba`."""
     torch.manual_seed(0)
     size = DiTSize.of(preset)
     with device:
@@ -88,7 +101,7 @@ def build_dit(preset: str, side: int, *, device: torch.device, dtype: torch.dtyp
     first, *others = _blocks(network)
     for block in others:
         block.norm1.emb = first.norm1.emb
-    return _frozen(network.to(device), dtype)
+    return (_trainable if trainable else _frozen)(network.to(device), dtype)
 
 
 def dit_macs(preset: str, side: int) -> dict[str, int]:
@@ -127,6 +140,11 @@ class EmbeddedOnce(nn.Module):
         c = self.embedding(timestep, class_labels, hidden_dtype=hidden_states.dtype)  # (B, d)
         return self.network(hidden_states, timestep=c, class_labels=class_labels)
 
+    def compile_repeated_blocks(self, **options: Any) -> None:
+        """What diffusers' models of this name do, for those that say which of their blocks repeat."""
+        for block in _blocks(self.network):
+            block.compile(**options)
+
 
 class _GivenEmbedding(nn.Module):
     """In a block's place of the embedding: what the block is given for its timestep is the embedding."""
@@ -162,3 +180,7 @@ def _blocks(network: DiTTransformer2DModel) -> list[Any]:
 
 def _frozen(network: Any, dtype: torch.dtype) -> Any:
     return nn.Module.to(network, dtype=dtype).eval().requires_grad_(False)
+
+
+def _trainable(network: Any, dtype: torch.dtype) -> Any:
+    return nn.Module.to(network, dtype=dtype).train().requires_grad_(True)
