@@ -38,6 +38,7 @@ from model.network.lamamba import LaMambaDiff
 
 __all__ = [
     "DEFAULT_GUIDANCE_SCALE",
+    "GPU_DTYPES",
     "ModelIndex",
     "load_autoencoder",
     "load_network",
@@ -52,6 +53,10 @@ __all__ = [
 ]
 
 DEFAULT_GUIDANCE_SCALE = 2.5
+GPU_DTYPES = ("bfloat16", "float16", "float32")
+"""The first where a model says nothing: its range is fp32's. float16 is eight times as exact and ends at
+65504.
+"""
 _LAMAMBA_KEY = "lamamba"
 _REQUIRED_ENTRIES = ("_class_name", "transformer", "vae")
 
@@ -65,6 +70,8 @@ class ModelIndex:
     guidance_scale: float
     guidance_channels: int | None
     id2label: Mapping[str, str] | None
+    gpu_dtype: str
+    """Of `GPU_DTYPES`: what a GPU runs the model in where nobody says otherwise."""
 
     def labels(self, num_classes: int) -> tuple[str, ...]:
         """The names of the network's classes, "class 0" and so on where the index has none."""
@@ -128,12 +135,16 @@ def read_model_index(path: Path) -> ModelIndex:
     channels = own.get("guidance_channels")
     if channels is not None and (type(channels) is not int or channels < 1):
         raise _wrong_entry(path, "lamamba.guidance_channels", channels, "null or a number of latent channels")
+    gpu_dtype = own.get("gpu_dtype", GPU_DTYPES[0])
+    if gpu_dtype not in GPU_DTYPES:
+        raise _wrong_entry(path, "lamamba.gpu_dtype", gpu_dtype, f"one of {', '.join(GPU_DTYPES)}")
     return ModelIndex(
         folder=path,
         name=name,
         guidance_scale=float(scale),
         guidance_channels=channels,
         id2label=_checked_id2label(path, index.get("id2label")),
+        gpu_dtype=gpu_dtype,
     )
 
 
@@ -205,6 +216,7 @@ def save_model_folder(
     name: str,
     dtype: torch.dtype = torch.bfloat16,
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+    gpu_dtype: str = GPU_DTYPES[0],
 ) -> None:
     """Write `network` (rounded to `dtype`), a copy of the autoencoder's folder and the labels as a model
     folder.
@@ -215,7 +227,7 @@ def save_model_folder(
     moved_network(rounded, dtype=dtype).save_pretrained(folder / "transformer", safe_serialization=True)
     shutil.copytree(autoencoder, folder / "vae", dirs_exist_ok=True)
     write_scheduler(folder)
-    write_model_index(folder, labels=labels, name=name, guidance_scale=guidance_scale)
+    write_model_index(folder, labels=labels, name=name, guidance_scale=guidance_scale, gpu_dtype=gpu_dtype)
 
 
 def write_scheduler(folder: Path) -> None:
@@ -226,7 +238,12 @@ def write_scheduler(folder: Path) -> None:
 
 
 def write_model_index(
-    folder: Path, *, labels: Sequence[str], name: str, guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    folder: Path,
+    *,
+    labels: Sequence[str],
+    name: str,
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+    gpu_dtype: str = GPU_DTYPES[0],
 ) -> None:
     """Write model_index.json: diffusers' entries, the labels, and our own under "lamamba"."""
     index = {
@@ -236,7 +253,7 @@ def write_model_index(
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         "transformer": ["model.network.lamamba", "LaMambaDiff"],
         "vae": ["diffusers", "AutoencoderKL"],
-        _LAMAMBA_KEY: {"name": name, "guidance_scale": guidance_scale},
+        _LAMAMBA_KEY: {"name": name, "guidance_scale": guidance_scale, "gpu_dtype": gpu_dtype},
     }
     write_json(folder / "model_index.json", index)
 

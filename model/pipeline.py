@@ -76,7 +76,8 @@ class LaMambaPipeline:
 
         Args:
             device: CUDA when there is one, else the CPU.
-            dtype: of network and autoencoder; bf16 on CUDA, fp32 on the CPU.
+            dtype: of network and autoencoder; by default fp32 on the CPU, on CUDA what the model's index
+                says (`model_folder.GPU_DTYPES`).
             scan_backend: see `network.scan.resolve_scan_backend`.
             num_row_threads: CPU threads that share the rows of a step; for programs that give torch one
                 thread (`torch.set_num_threads(1)`). Other devices do not use them.
@@ -87,10 +88,11 @@ class LaMambaPipeline:
             ValueError: one line that names the folder and what does not fit.
         """
         device = resolve_device(device)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         backend = resolve_scan_backend(scan_backend, device)
         path = local_folder(folder)
         index = read_model_index(path)
+        if dtype is None:
+            dtype = getattr(torch, index.gpu_dtype) if device.type == "cuda" else torch.float32
         network = load_network(path)
         autoencoder = load_autoencoder(path, device=device, dtype=dtype)
         if autoencoder.latent_channels != network.architecture.in_channels:

@@ -191,6 +191,7 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
         autoencoder=local_folder(config.autoencoder_source),
         labels=places.labels,
         name=config.name,
+        gpu_dtype=config.gpu_dtype,
     )
     logger.info("exported %s after %d images", folder, trainer.images_seen)
     return folder

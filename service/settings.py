@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     root_path: str = Field("", description="Path under which a reverse proxy serves this server.")
     device: str = Field("auto", description="auto (CUDA where there is a device), cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="The network's number format; auto: float32 on CPU, bfloat16 on CUDA."
+        "auto", description="The network's number format; auto: float32 on CPU, on CUDA what the model says."
     )
     scan_backend: Literal["auto", "reference", "vectorized", "mamba_cuda", "triton"] = Field(
         "auto", description="Implementation of the selective scan."

@@ -11,9 +11,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiTPipeline
 
-from model.model_folder import save_model_folder
+from model.model_folder import read_model_index, save_model_folder
 from model.network.lamamba import LaMambaDiff
 from model.pipeline import LaMambaPipeline
+from model.pretrained import default_model_dir
 
 LABELS = ("red barn", "blue house", "green hill")
 
@@ -94,6 +95,20 @@ def test_generate_splits_into_batches_and_reports_each_step(pipeline: LaMambaPip
     )
     assert images.shape[0] == 3
     assert seen == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(("resolution", "dtype"), [(128, "float16"), (256, "float16"), (None, "bfloat16")])
+def test_a_model_says_what_gpus_run_it_in(folder: Path, resolution: int | None, dtype: str) -> None:
+    path = default_model_dir(resolution) if resolution else folder
+    assert read_model_index(path).gpu_dtype == dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_load_on_cuda_takes_the_dtype_of_the_model(folder: Path) -> None:
+    assert LaMambaPipeline.load(folder, device="cuda").dtype == torch.bfloat16
+    shipped = LaMambaPipeline.load(default_model_dir(128), device="cuda")
+    assert (shipped.dtype, shipped.network.dtype) == (torch.float16, torch.float16)
 
 
 def test_guidance_scale_changes_the_image_and_one_turns_it_off(pipeline: LaMambaPipeline) -> None:
@@ -182,6 +197,10 @@ def _widen(folder: Path) -> None:
         ),
         (_edit_index(lamamba={"guidance_scale": "2"}), 'lamamba.guidance_scale: "2" given; 1 to 20'),
         (_edit_index(lamamba={"guidance_scale": float("nan")}), "lamamba.guidance_scale: NaN given"),
+        (
+            _edit_index(lamamba={"gpu_dtype": "half"}),
+            'lamamba.gpu_dtype: "half" given; one of bfloat16, float16',
+        ),
         (_edit_index(lamamba={"guidance_channels": "x"}), 'lamamba.guidance_channels: "x" given; null or'),
         (_edit_index(lamamba={"guidance_channels": 5}), "lamamba.guidance_channels: 5 given; null or 1 to 4"),
         (_edit_index(id2label=["a", "b", "c"]), r'id2label: \["a", "b", "c"\] given; an object'),
@@ -201,6 +220,7 @@ def _widen(folder: Path) -> None:
         "scale",
         "scale-text",
         "scale-nan",
+        "gpu-dtype",
         "channels",
         "channels-many",
         "labels-list",
