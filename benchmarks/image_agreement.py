@@ -2,7 +2,8 @@
 
 Each shipped model makes the images of fixed seeds, all its classes in turn, twice by the package's own
 pipeline: as the reference, in fp32 by torch's operations alone (scan backend `vectorized`, no TF32), and as
-served, in bf16 by the kernels, each denoising step one CUDA graph. Their 8-bit images are compared:
+served, in the model's own dtype by the kernels, each denoising step one CUDA graph. Their 8-bit images are
+compared:
 
     served     each by its own autoencoder, as a user would see them
     network    the latents of both by the fp32 autoencoder: what the network's precision alone does
@@ -13,8 +14,9 @@ ones, modulations included, and one forward. Its bf16 weights are compared with 
 rounded from and, as `same_weights`, with themselves in fp32 arithmetic. A picture for each model and guidance
 shows the four images that differ most: reference, served, and their difference, amplified.
 
-On a CPU, a dry run, `served` is bf16 by torch's operations. A few steps say nothing about 20: the first one,
-almost all noise, divides the error of eps by an alpha of 0.006, and only the next ones correct that.
+`--dtype` serves them in another. On a CPU, a dry run, `served` is bf16 by torch's operations. A few steps say
+nothing about 20: the first one, almost all noise, divides the error of eps by an alpha of about 0.006, and
+only the next ones correct that.
 
     python benchmarks/image_agreement.py
     python benchmarks/image_agreement.py --device cpu --preset tiny --images 1 --steps 1 --output-dir outputs
@@ -44,6 +46,7 @@ from model.benchmark.timing import release
 from model.device import make_current, resolve_device
 from model.images import encode_image, image_grid
 from model.limits import DEFAULT_STEPS
+from model.model_folder import GPU_DTYPES
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
 from model.pipeline import LaMambaPipeline
@@ -85,6 +88,7 @@ def main() -> None:
         help="the model's own comes last in any case",
     )
     parser.add_argument("--preset", default="XL", choices=PRESETS, help="of the forward with random weights")
+    parser.add_argument("--dtype", choices=GPU_DTYPES, help="of what is served; default: the model's own")
     parser.add_argument("--device", help="default: CUDA where there is one")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -93,13 +97,15 @@ def main() -> None:
     make_current(device)
     # The reference's; of what is served, nothing is an fp32 product or convolution of torch's.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    named = arguments.dtype or (None if device.type == "cuda" else "bfloat16")
+    served_dtype = named and getattr(torch, named)
     rows = []
     for resolution in arguments.resolutions:
         folder = default_model_dir(resolution)
         reference = LaMambaPipeline.load(
             folder, device=device, dtype=torch.float32, scan_backend="vectorized", cuda_graphs=False
         )
-        served = LaMambaPipeline.load(folder, device=device, dtype=torch.bfloat16)
+        served = LaMambaPipeline.load(folder, device=device, dtype=served_dtype)
         for scale in dict.fromkeys([*arguments.guidance_scales, served.default_guidance_scale]):
             row, picture = compare_images(
                 reference, served, guidance_scale=scale, num_images=arguments.images, steps=arguments.steps
