@@ -24,22 +24,13 @@ between runs. The second is the forward kernel, without SiLU and with the weight
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
-from typing import Any
+from functools import partial
 
-if find_spec("triton") is not None:
-    import triton
-    import triton.language as tl
+from model.network import triton_jit
+from model.network.triton_jit import tl
 
-    # What follows from the batch and the size of the image: a kernel compiled for one must serve them all.
-    jit = triton.jit(do_not_specialize=["num_strips", "height", "width", "rows"])
-else:  # a torch for CPUs comes without triton: `triton_scan.is_available` says so, and nothing here is called
-
-    def jit(function: Callable[..., Any]) -> Any:
-        """Leaves a kernel as it is, so that this module can be imported all the same."""
-        return function
-
+# What follows from the batch and the size of the image: a kernel compiled for one must serve them all.
+jit = partial(triton_jit.jit, do_not_specialize=["num_strips", "height", "width", "rows"])
 
 # A kernel's parameters are Triton's (pointers, integers, tiles): they have no Python type to annotate. Its
 # tuples hold several tokens or taps of a thread and grow in loops that the compiler unrolls; mypy takes the

@@ -15,22 +15,13 @@ tile wait for the one before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
-from typing import Any
+from functools import partial
 
-if find_spec("triton") is not None:
-    import triton
-    import triton.language as tl
+from model.network import triton_jit
+from model.network.triton_jit import tl
 
-    # They grow with the batch and the grid: a kernel compiled for one size must serve them all.
-    jit = triton.jit(do_not_specialize=["num_tokens", "tokens_a_row", "columns"])
-else:  # a torch for CPUs comes without triton: `triton_scan.is_available` says so, and nothing here is called
-
-    def jit(function: Callable[..., Any]) -> Any:
-        """Leaves a kernel as it is, so that this module can be imported all the same."""
-        return function
-
+# They grow with the batch and the grid: a kernel compiled for one size must serve them all.
+jit = partial(triton_jit.jit, do_not_specialize=["num_tokens", "tokens_a_row", "columns"])
 
 # A kernel's parameters are Triton's (pointers, integers, tiles): they have no Python type to annotate.
 

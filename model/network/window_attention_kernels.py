@@ -29,22 +29,13 @@ which padding does not touch, and multiply at a small part of the tensor cores' 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
-from typing import Any
+from functools import partial
 
-if find_spec("triton") is not None:
-    import triton
-    import triton.language as tl
+from model.network import triton_jit
+from model.network.triton_jit import tl
 
-    # The number of windows grows with the batch: a kernel compiled for one batch size must serve them all.
-    jit = triton.jit(do_not_specialize=["num_windows"])
-else:  # a torch for CPUs comes without triton: `triton_scan.is_available` says so, and nothing here is called
-
-    def jit(function: Callable[..., Any]) -> Any:
-        """Leaves a kernel as it is, so that this module can be imported all the same."""
-        return function
-
+# The number of windows grows with the batch: a kernel compiled for one batch size must serve them all.
+jit = partial(triton_jit.jit, do_not_specialize=["num_windows"])
 
 # A kernel's parameters are Triton's (pointers, integers, tiles): they have no Python type to annotate.
 

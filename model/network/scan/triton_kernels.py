@@ -43,21 +43,7 @@ delta and scatters y.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
-from typing import Any
-
-if find_spec("triton") is not None:
-    import triton
-    import triton.language as tl
-
-    jit = triton.jit
-else:  # a torch for CPUs comes without triton: `triton_scan.is_available` says so, and nothing here is called
-
-    def jit(function: Callable[..., Any]) -> Any:
-        """Leaves a kernel as it is, so that this module can be imported all the same."""
-        return function
-
+from model.network.triton_jit import jit, tl
 
 # A kernel's parameters are Triton's (pointers, integers, tiles): they have no Python type to annotate.
 
