@@ -39,6 +39,28 @@ class FinishedLatents:
     """What another stream has to wait for before it reads `latents`; None on a CPU."""
 
 
+@dataclass(frozen=True, eq=False)
+class _StepNumbers:
+    """What the host knows of a step's n images, on the device: `(n,)` int64 unless said otherwise."""
+
+    coefficients: Tensor
+    """(n, 8) fp32."""
+    guidance_scale: Tensor
+    """(n,) fp32."""
+    slots: Tensor
+    timesteps: Tensor
+    class_labels: Tensor
+    seeds: Tensor
+    image_indices: Tensor
+    draws: Tensor
+    """Of the step's noise; 0 is the initial noise."""
+    fresh: Tensor
+    """Images at their first step; like `noisy` and `guided`, numbers of images, as many as there are."""
+    noisy: Tensor
+    """Images whose sampler draws noise at each step."""
+    guided: Tensor
+
+
 class Runner:
     """The slots of one model; used by the engine's thread alone."""
 
@@ -54,12 +76,21 @@ class Runner:
     @torch.inference_mode()
     def step(self, jobs: Sequence[ImageJob]) -> None:
         """Move the images one step, those at their first one from their initial noise."""
-        slots = self._int64([job.slot or 0 for job in jobs])  # (n,)
+        numbers = self._numbers(jobs)
+        slots = numbers.slots
         latents = self._latents[slots]  # (n, C, H, W)
-        fresh = [index for index, job in enumerate(jobs) if job.step_index == 0]
-        if fresh:
-            latents[self._int64(fresh)] = self._noise([jobs[index] for index in fresh], [0] * len(fresh))
-        batch = self._batch(jobs, latents, self._history[slots])
+        if len(numbers.fresh):
+            latents[numbers.fresh] = self._noise(numbers, numbers.fresh, torch.zeros_like(numbers.fresh))
+        batch = StepBatch(
+            latents=latents,
+            history=self._history[slots],
+            timesteps=numbers.timesteps,
+            coefficients=numbers.coefficients,
+            class_labels=numbers.class_labels,
+            guidance_scale=numbers.guidance_scale,
+            guided=numbers.guided,
+            noise=self._step_noise(numbers, latents),
+        )
         latents, history = self._pipeline.denoise_step(batch)
         self._latents[slots] = latents
         self._history[slots] = history
@@ -68,7 +99,8 @@ class Runner:
     @torch.inference_mode()
     def take(self, jobs: Sequence[ImageJob]) -> FinishedLatents:
         """The latents of finished images, copied, so that their slots are free at once."""
-        latents = self._latents[self._int64([job.slot or 0 for job in jobs])]  # (n, C, H, W)
+        (slots,) = self._int64([job.slot or 0 for job in jobs])
+        latents = self._latents[slots]  # (n, C, H, W)
         return FinishedLatents(jobs=tuple(jobs), latents=latents, ready=self._record_event())
 
     @torch.inference_mode()
@@ -92,7 +124,7 @@ class Runner:
 
     def _warm_up_step(self, num_images: int, *, guided: bool) -> Tensor:
         """The latents `(num_images, C, H, W)` after a step of that many images of class 0."""
-        zeros = self._int64([0] * num_images)
+        zeros, guided_images = self._int64([0] * num_images, range(num_images) if guided else [])
         noise = gaussian_noise(zeros, zeros, zeros, self._pipeline.latent_shape)  # (n, C, H, W)
         table = sampler_table("ddpm", 1, self._pipeline.schedule)
         batch = StepBatch(
@@ -102,56 +134,60 @@ class Runner:
             coefficients=table.coefficients.to(self._device).expand(num_images, -1),
             class_labels=zeros,
             guidance_scale=torch.full((num_images,), 2.0 if guided else 1.0, device=self._device),
-            guided=self._int64(range(num_images) if guided else []),
+            guided=guided_images,
             noise=noise,
         )
         latents, _ = self._pipeline.denoise_step(batch)
         return latents
 
-    def _batch(self, jobs: Sequence[ImageJob], latents: Tensor, history: Tensor) -> StepBatch:
+    def _numbers(self, jobs: Sequence[ImageJob]) -> _StepNumbers:
         tables = [self._table(job) for job in jobs]
-        coefficients = torch.stack(
-            [table.coefficients[job.step_index] for table, job in zip(tables, jobs, strict=True)]
+        steps = [job.step_index for job in jobs]
+        requests = [job.request for job in jobs]
+        integers = self._int64(
+            [job.slot or 0 for job in jobs],
+            [int(table.timesteps[step]) for table, step in zip(tables, steps, strict=True)],
+            [request.class_label for request in requests],
+            [request.seed for request in requests],
+            [job.image_index for job in jobs],
+            [step + 1 for step in steps],
+            [index for index, step in enumerate(steps) if step == 0],
+            [index for index, table in enumerate(tables) if table.stochastic],
+            [index for index, request in enumerate(requests) if request.guidance_scale != 1.0],
         )
-        scales = torch.tensor([job.request.guidance_scale for job in jobs], dtype=torch.float32)
-        guided = [index for index, job in enumerate(jobs) if job.request.guidance_scale != 1.0]
-        return StepBatch(
-            latents=latents,
-            history=history,
-            timesteps=torch.stack(
-                [table.timesteps[job.step_index] for table, job in zip(tables, jobs, strict=True)]
-            ).to(self._device),
-            coefficients=coefficients.to(self._device),  # (n, 8)
-            class_labels=self._int64([job.request.class_label for job in jobs]),
-            guidance_scale=scales.to(self._device),
-            guided=self._int64(guided),
-            noise=self._step_noise(jobs, tables),
-        )
+        coefficients = [table.coefficients[step] for table, step in zip(tables, steps, strict=True)]
+        scales = torch.tensor([request.guidance_scale for request in requests], dtype=torch.float32)
+        floats = self._handed_over(torch.cat([torch.stack(coefficients), scales[:, None]], dim=1))  # (n, 9)
+        return _StepNumbers(floats[:, :-1], floats[:, -1], *integers)
 
-    def _step_noise(self, jobs: Sequence[ImageJob], tables: Sequence[SamplerTable]) -> Tensor | None:
-        """(n, C, H, W): draw i + 1 for a stochastic image at step i, zeros for the others."""
-        noisy = [index for index, table in enumerate(tables) if table.stochastic]
-        if not noisy:
+    def _step_noise(self, numbers: _StepNumbers, latents: Tensor) -> Tensor | None:
+        """Like `latents`: draw i + 1 for a stochastic image at step i, zeros for the others."""
+        noisy = numbers.noisy
+        if not len(noisy):
             return None
-        drawn = self._noise([jobs[index] for index in noisy], [jobs[index].step_index + 1 for index in noisy])
-        noise = torch.zeros((len(jobs), *self._pipeline.latent_shape), device=self._device)
-        noise[self._int64(noisy)] = drawn
-        return noise
+        return torch.zeros_like(latents).index_copy_(
+            0, noisy, self._noise(numbers, noisy, numbers.draws[noisy])
+        )
 
-    def _noise(self, jobs: Sequence[ImageJob], draws: Sequence[int]) -> Tensor:
-        return gaussian_noise(
-            self._int64([job.request.seed for job in jobs]),
-            self._int64([job.image_index for job in jobs]),
-            self._int64(draws),
-            self._pipeline.latent_shape,
-        )  # (n, C, H, W)
+    def _noise(self, numbers: _StepNumbers, images: Tensor, draws: Tensor) -> Tensor:
+        """(len(images), C, H, W), of those of the step."""
+        seeds, indices = numbers.seeds[images], numbers.image_indices[images]
+        return gaussian_noise(seeds, indices, draws, self._pipeline.latent_shape)
 
     def _table(self, job: ImageJob) -> SamplerTable:
         request = job.request
         return sampler_table(request.sampler, request.num_inference_steps, self._pipeline.schedule)
 
-    def _int64(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._device)
+    def _int64(self, *lists: Sequence[int]) -> tuple[Tensor, ...]:
+        """Each list as a tensor; all of them in one transfer."""
+        values = torch.tensor([value for values in lists for value in values], dtype=torch.int64)
+        return self._handed_over(values).split([len(values) for values in lists])
+
+    def _handed_over(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the device; the host does not wait for a GPU to have read it."""
+        if self._device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _record_event(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
@@ -163,8 +199,7 @@ class Runner:
     def _wait_for_step(self) -> None:
         """Wait until the device is done: the engine charges a model with the time that its steps take.
 
-        It costs no overlap. Handing over a step's numbers waits for the step before it as it is, so without
-        this that time would be charged to whichever model steps next.
+        Without this a step's time would be charged to whichever model steps next.
         """
         done = self._record_event()
         if done is not None:
