@@ -81,7 +81,7 @@ class InvalidJSON(RequestError):
 
 
 class NotFound(RequestError):
-    """There is no such path."""
+    """There is no such path, or no such model."""
 
     status = 404
     code = "not_found"

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from service.api.responses import error_response
-from service.api.schemas import GenerateRequest
+from service.api.schemas import MAX_CLASSES, MAX_TEXT, ClassQuery, GenerateRequest
 from service.errors import (
     InvalidField,
     InvalidJSON,
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_error_handlers"]
 
-_KIND_OF_FIELD = {"cfg_scale": "a number, "} | dict.fromkeys(("class_id", "sampler", "format", "model"), "")
+_KIND_OF_FIELD = {"cfg_scale": "a number, "} | dict.fromkeys(
+    ("class_id", "sampler", "format", "model", "q"), ""
+)
 _OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")
 
 
@@ -55,7 +57,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     runtime: Runtime = request.app.state.runtime
     try:
-        accepted = runtime.catalog.accepted(_model_name(error.body))
+        accepted = _accepted(request, runtime.catalog.accepted(_model_name(error.body)))
     except ServiceError as not_ready:  # no model, no limits: what is wrong with the body can wait
         return await _service_error(request, not_ready)
     return await _service_error(request, _translate(request, error.errors(), accepted))
@@ -82,10 +84,18 @@ def _unreadable(cause: BaseException | None) -> InvalidJSON:
     return InvalidJSON("body: not readable; a JSON object in UTF-8 is accepted")
 
 
+def _accepted(request: Request, accepted: Mapping[str, str]) -> Mapping[str, str]:
+    """What each field of the request may be, from what the fields of `/generate` may be."""
+    if request.method == "GET":
+        texts = {"q": f"text of up to {MAX_TEXT} characters", "limit": f"1 to {MAX_CLASSES}"}
+        return {name: (texts | dict(accepted))[name] for name in ClassQuery.model_fields}
+    return {name: accepted[name] for name in GenerateRequest.model_fields}
+
+
 def _translate(request: Request, problems: Any, accepted: Mapping[str, str]) -> RequestError:
     """The first of pydantic's problems as an error of ours."""
     first = problems[0]
-    location = [part for part in first["loc"] if part != "body"]
+    location = first["loc"][1:]  # without "body" or "query"
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "invalid")
         return InvalidJSON(
@@ -95,7 +105,7 @@ def _translate(request: Request, problems: Any, accepted: Mapping[str, str]) -> 
         return _not_an_object(request, first)
     name = location[0]
     if first["type"] == "extra_forbidden":
-        return UnknownField(name, first["input"], ", ".join(GenerateRequest.model_fields))
+        return UnknownField(name, first["input"], ", ".join(accepted))
     kind = "" if first["type"] in _OUT_OF_RANGE else _KIND_OF_FIELD.get(name, "an integer, ")
     return InvalidField(name, first["input"], f"{kind}{accepted[name]}")
 
