@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from service.api.openai import openai_accepted, speaks_openai
 from service.api.responses import error_response
 from service.api.schemas import MAX_CLASSES, MAX_TEXT, ClassQuery, GenerateRequest
 from service.errors import (
@@ -32,9 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_error_handlers"]
 
-_KIND_OF_FIELD = {"cfg_scale": "a number, "} | dict.fromkeys(
-    ("class_id", "sampler", "format", "model", "q"), ""
-)
+_INTEGERS = ("resolution", "num_images", "steps", "seed", "image_index", "quality", "limit")
+_INTEGERS_OF_OPENAI = ("n", "output_compression", "partial_images", "steps", "seed", "image_index")
 _OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")
 
 
@@ -50,7 +50,7 @@ async def _service_error(request: Request, error: Exception) -> Response:
     runtime: Runtime = request.app.state.runtime
     if request.method == "POST":
         runtime.metrics.rejections.labels(error.code).inc()
-    return error_response(error, request_id_variable.get())
+    return error_response(error, request_id_variable.get(), openai=speaks_openai(request.scope))
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -89,6 +89,8 @@ def _accepted(request: Request, accepted: Mapping[str, str]) -> Mapping[str, str
     if request.method == "GET":
         texts = {"q": f"text of up to {MAX_TEXT} characters", "limit": f"1 to {MAX_CLASSES}"}
         return {name: (texts | dict(accepted))[name] for name in ClassQuery.model_fields}
+    if speaks_openai(request.scope):
+        return openai_accepted(accepted)
     return {name: accepted[name] for name in GenerateRequest.model_fields}
 
 
@@ -106,8 +108,14 @@ def _translate(request: Request, problems: Any, accepted: Mapping[str, str]) -> 
     name = location[0]
     if first["type"] == "extra_forbidden":
         return UnknownField(name, first["input"], ", ".join(accepted))
-    kind = "" if first["type"] in _OUT_OF_RANGE else _KIND_OF_FIELD.get(name, "an integer, ")
-    return InvalidField(name, first["input"], f"{kind}{accepted[name]}")
+    value = None if first["type"] == "missing" else first["input"]
+    kind = "" if first["type"] in _OUT_OF_RANGE else _kind(request, name)
+    return InvalidField(name, value, f"{kind}{accepted[name]}")
+
+
+def _kind(request: Request, name: str) -> str:
+    integers = _INTEGERS_OF_OPENAI if speaks_openai(request.scope) else _INTEGERS
+    return "an integer, " if name in integers else "a number, " if name == "cfg_scale" else ""
 
 
 def _not_an_object(request: Request, problem: Mapping[str, Any]) -> RequestError:
