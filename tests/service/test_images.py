@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import threading
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import numpy as np
@@ -15,7 +15,9 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from model.diffusion.samplers import SAMPLERS
 from model.images import read_metadata
+from service.api.openai import ImagesRequest
 from service.app import create_app
 from service.server import DrainingServer, bind_socket
 from service.settings import Settings
@@ -366,6 +368,19 @@ def test_the_official_client_raises_what_it_should(client_of: ClientFactory) -> 
         list(client.images.generate(prompt="bathroom", n=2, stream=True, extra_body=OURS))
     with pytest.raises(openai.NotFoundError, match="this server has fake-16"):
         client.models.retrieve("other")
+
+
+def test_errors_have_openais_shape_under_a_root_path_too(client_of: ClientFactory) -> None:
+    client = client_of(root_path="/images-api")
+    for prefix in ("", "/images-api"):
+        answer = client.post(prefix + PATH, json=BODY | {"n": 0})
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == "n"
+
+
+def test_the_samplers_are_those_that_there_are() -> None:
+    literal, none = get_args(ImagesRequest.model_fields["sampler"].annotation)
+    assert (get_args(literal), none) == (SAMPLERS, type(None))
 
 
 def test_a_draining_server_answers_503_in_openais_shape(client_of: ClientFactory) -> None:
