@@ -25,12 +25,13 @@ router = APIRouter(tags=["models"])
     response_model=ClassList,
     responses={status: {"model": ErrorBody} for status in (422, 503)},
 )
-async def list_classes(query: Annotated[ClassQuery, Query()], runtime: ReadyRuntime) -> AsciiJSONResponse:
+def list_classes(query: Annotated[ClassQuery, Query()], runtime: ReadyRuntime) -> AsciiJSONResponse:
     """Classes whose id or label contains `q`, then those whose label is close to it; without `q` all, by id.
 
     422 answers a field that is not there, a limit out of range, and a model or resolution that no loaded
     model has.
     """
+    # Not async: likeness to a thousand labels can take 0.2 s, which a thread of FastAPI's spends.
     model = runtime.catalog.select(query.model, query.resolution)
     labels = model.pipeline.labels
     found = find_classes(labels, query.q)
