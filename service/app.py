@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
-from service.api import generate, health, models
+from service.api import classes, generate, health, images, models
 from service.api.body_limit import BodyLimitMiddleware
 from service.api.handlers import add_error_handlers
 from service.api.request_context import RequestContextMiddleware
@@ -61,7 +61,7 @@ def create_app(
         BodyLimitMiddleware, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
     )
     app.add_middleware(RequestContextMiddleware, metrics=runtime.metrics)
-    for resource in (generate, models, health):
+    for resource in (generate, images, models, classes, health):
         app.include_router(resource.router)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     return app

@@ -15,7 +15,7 @@ from model.diffusion.samplers import SAMPLERS
 from model.images import IMAGE_FORMATS
 from model.limits import DEFAULT_STEPS, GUIDANCE_SCALE_RANGE, MAX_IMAGE_INDEX, MAX_SEED
 from service.engine.request import GenerationRequest
-from service.errors import InvalidField
+from service.errors import InvalidField, NotFound, shown
 
 if TYPE_CHECKING:
     from service.api.schemas import GenerateRequest
@@ -136,29 +136,36 @@ class Catalog:
         """The model of that id."""
         return self._by_name[name]
 
-    def select(self, body: GenerateRequest) -> ServedModel:
+    def find(self, name: str) -> ServedModel:
+        """The model of that id. Raises NotFound, naming the ids that there are."""
+        if name not in self._by_name:
+            names = _alternatives(sorted(self._by_name))
+            raise NotFound(f"model: {shown(name)} given; this server has {names}")
+        return self._by_name[name]
+
+    def select(self, name: str | None, resolution: int | None) -> ServedModel:
         """The model that a request means: by `model`, by `resolution`, or else the default one."""
         accepted = self.accepted()
-        if body.model is not None:
-            if body.model not in self._by_name:
-                raise InvalidField("model", body.model, accepted["model"], by="this server")
-            model = self._by_name[body.model]
-            if body.resolution not in (None, model.pipeline.resolution):
-                raise InvalidField("resolution", body.resolution, model.accepted()["resolution"])
+        if name is not None:
+            if name not in self._by_name:
+                raise InvalidField("model", name, accepted["model"], by="this server")
+            model = self._by_name[name]
+            if resolution not in (None, model.pipeline.resolution):
+                raise InvalidField("resolution", resolution, model.accepted()["resolution"])
             return model
-        if body.resolution is None:
+        if resolution is None:
             return self.default
-        matching = [model for model in self.models if model.pipeline.resolution == body.resolution]
+        matching = [model for model in self.models if model.pipeline.resolution == resolution]
         if not matching:
-            raise InvalidField("resolution", body.resolution, accepted["resolution"], by="this server")
+            raise InvalidField("resolution", resolution, accepted["resolution"], by="this server")
         if len(matching) > 1:
             names = _alternatives([model.name for model in matching])
-            raise InvalidField("model", None, f"{names} at resolution {body.resolution}", by="this server")
+            raise InvalidField("model", None, f"{names} at resolution {resolution}", by="this server")
         return matching[0]
 
     def resolve(self, body: GenerateRequest, request_id: str) -> GenerationRequest:
         """The work that a request asks for. Raises InvalidField with the model's own limits."""
-        model = self.select(body)
+        model = self.select(body.model, body.resolution)
         steps = DEFAULT_STEPS[body.sampler] if body.steps is None else body.steps
         cfg_scale = model.default_cfg_scale if body.cfg_scale is None else body.cfg_scale
         _check_range(model, "num_images", body.num_images, 1, model.max_images_per_request)

@@ -81,7 +81,7 @@ class InvalidJSON(RequestError):
 
 
 class NotFound(RequestError):
-    """There is no such path."""
+    """There is no such path, or no such model."""
 
     status = 404
     code = "not_found"
@@ -133,6 +133,7 @@ class InvalidField(RequestError):
         self.field = field
         self.value = value
         self.accepted = accepted
+        self.by = by
 
     def details(self) -> dict[str, Any]:
         return {"field": self.field, "value": _json_value(self.value), "accepted": self.accepted}

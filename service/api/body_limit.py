@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 
+from service.api.openai import speaks_openai
 from service.api.responses import error_response
 from service.errors import BodyTimeout, PayloadTooLarge, RequestError
 from service.logs import request_id_variable
@@ -44,7 +45,7 @@ class BodyLimitMiddleware:
             if body is not None:
                 await self._app(scope, _replay(body, receive), send)
             return
-        response = error_response(error, request_id_variable.get())
+        response = error_response(error, request_id_variable.get(), openai=speaks_openai(scope))
         response.headers["Connection"] = "close"  # what is left of the body is not read
         await response(scope, receive, send)
 

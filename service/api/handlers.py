@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from service.api.openai import openai_accepted, speaks_openai
 from service.api.responses import error_response
-from service.api.schemas import GenerateRequest
+from service.api.schemas import MAX_CLASSES, MAX_TEXT, ClassQuery, GenerateRequest
 from service.errors import (
     InvalidField,
     InvalidJSON,
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_error_handlers"]
 
-_KIND_OF_FIELD = {"cfg_scale": "a number, "} | dict.fromkeys(("class_id", "sampler", "format", "model"), "")
+_INTEGERS = ("resolution", "num_images", "steps", "seed", "image_index", "quality", "limit")
+_INTEGERS_OF_OPENAI = ("n", "output_compression", "partial_images", "steps", "seed", "image_index")
 _OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")
 
 
@@ -48,14 +50,14 @@ async def _service_error(request: Request, error: Exception) -> Response:
     runtime: Runtime = request.app.state.runtime
     if request.method == "POST":
         runtime.metrics.rejections.labels(error.code).inc()
-    return error_response(error, request_id_variable.get())
+    return error_response(error, request_id_variable.get(), openai=speaks_openai(request.scope))
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     runtime: Runtime = request.app.state.runtime
     try:
-        accepted = runtime.catalog.accepted(_model_name(error.body))
+        accepted = _accepted(request, runtime.catalog.accepted(_model_name(error.body)))
     except ServiceError as not_ready:  # no model, no limits: what is wrong with the body can wait
         return await _service_error(request, not_ready)
     return await _service_error(request, _translate(request, error.errors(), accepted))
@@ -82,10 +84,20 @@ def _unreadable(cause: BaseException | None) -> InvalidJSON:
     return InvalidJSON("body: not readable; a JSON object in UTF-8 is accepted")
 
 
+def _accepted(request: Request, accepted: Mapping[str, str]) -> Mapping[str, str]:
+    """What each field of the request may be, from what the fields of `/generate` may be."""
+    if request.method == "GET":
+        texts = {"q": f"text of up to {MAX_TEXT} characters", "limit": f"1 to {MAX_CLASSES}"}
+        return {name: (texts | dict(accepted))[name] for name in ClassQuery.model_fields}
+    if speaks_openai(request.scope):
+        return openai_accepted(accepted)
+    return {name: accepted[name] for name in GenerateRequest.model_fields}
+
+
 def _translate(request: Request, problems: Any, accepted: Mapping[str, str]) -> RequestError:
     """The first of pydantic's problems as an error of ours."""
     first = problems[0]
-    location = [part for part in first["loc"] if part != "body"]
+    location = first["loc"][1:]  # without "body" or "query"
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "invalid")
         return InvalidJSON(
@@ -95,9 +107,15 @@ def _translate(request: Request, problems: Any, accepted: Mapping[str, str]) -> 
         return _not_an_object(request, first)
     name = location[0]
     if first["type"] == "extra_forbidden":
-        return UnknownField(name, first["input"], ", ".join(GenerateRequest.model_fields))
-    kind = "" if first["type"] in _OUT_OF_RANGE else _KIND_OF_FIELD.get(name, "an integer, ")
-    return InvalidField(name, first["input"], f"{kind}{accepted[name]}")
+        return UnknownField(name, first["input"], ", ".join(accepted))
+    value = None if first["type"] == "missing" else first["input"]
+    kind = "" if first["type"] in _OUT_OF_RANGE else _kind(request, name)
+    return InvalidField(name, value, f"{kind}{accepted[name]}")
+
+
+def _kind(request: Request, name: str) -> str:
+    integers = _INTEGERS_OF_OPENAI if speaks_openai(request.scope) else _INTEGERS
+    return "an integer, " if name in integers else "a number, " if name == "cfg_scale" else ""
 
 
 def _not_an_object(request: Request, problem: Mapping[str, Any]) -> RequestError:

@@ -1,4 +1,5 @@
-"""GET /v1/models: what is served, in the shape of OpenAI's list, ascending by id; GET /version."""
+"""GET /v1/models: what is served, in the shape of OpenAI's list, ascending by id; GET /v1/models/{id}: one of
+them; GET /version."""
 
 from __future__ import annotations
 
@@ -8,16 +9,27 @@ from typing import Any
 from fastapi import APIRouter
 
 from service.api.deps import ReadyRuntime
+from service.api.schemas import ErrorBody
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["models"])
 
 
-@router.get("/v1/models", summary="The models and their limits")
+@router.get("/v1/models", summary="The models and their limits", responses={503: {"model": ErrorBody}})
 async def list_models(runtime: ReadyRuntime) -> dict[str, Any]:
     """Every loaded model: OpenAI's fields, its classes, what it runs on, and what it accepts."""
     return {"object": "list", "data": runtime.catalog.describe()}
+
+
+@router.get(
+    "/v1/models/{model_id}",
+    summary="One model and its limits",
+    responses={status: {"model": ErrorBody} for status in (404, 422, 503)},
+)
+async def show_model(model_id: str, runtime: ReadyRuntime) -> dict[str, Any]:
+    """The model of that id, as the list has it."""
+    return runtime.catalog.find(model_id).describe()
 
 
 @router.get("/version", summary="The server's version")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
+from service.api.openai import speaks_openai
 from service.api.responses import error_response
 from service.errors import ServiceError
 from service.logs import request_id_variable
@@ -63,7 +64,8 @@ class RequestContextMiddleware:
             _logger.exception("unhandled error on %s", scope["path"])
             if status == 0:
                 error = ServiceError("internal error; the server's log has the reason under this id")
-                await error_response(error, request_id)(scope, receive, send_with_id)
+                response = error_response(error, request_id, openai=speaks_openai(scope))
+                await response(scope, receive, send_with_id)
         finally:
             self._record(scope, status, time.monotonic() - started)
             request_id_variable.reset(token)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse
 
+from service.api.openai import openai_error
+
 if TYPE_CHECKING:
     from service.errors import ServiceError
 
@@ -20,7 +22,12 @@ class AsciiJSONResponse(JSONResponse):
         return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-def error_response(error: ServiceError, request_id: str) -> AsciiJSONResponse:
-    """`{"error": {"code", "message", "request_id", ...}}` with the error's status and headers."""
-    body = {"code": error.code, "message": str(error), "request_id": request_id} | error.details()
-    return AsciiJSONResponse({"error": body}, status_code=error.status, headers=error.headers())
+def error_response(error: ServiceError, request_id: str, *, openai: bool = False) -> AsciiJSONResponse:
+    """`{"error": {"code", "message", "request_id", ...}}` with the error's status and headers, or OpenAI's
+    shape, where the id is in the header alone."""
+    if openai:
+        status, content = openai_error(error)
+    else:
+        body = {"code": error.code, "message": str(error), "request_id": request_id} | error.details()
+        status, content = error.status, {"error": body}
+    return AsciiJSONResponse(content, status_code=status, headers=error.headers())

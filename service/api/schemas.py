@@ -1,4 +1,4 @@
-"""Request and response bodies of `/generate`.
+"""Request and response bodies of `/generate`, the query of `/v1/classes`, and the body of an error.
 
 Types are strict, as JSON writes them: "5" is not 5, 5.0 is not an integer, true is not 1. Unknown fields
 are errors. Ranges are the loaded model's and are checked by `service.catalog`, not here.
@@ -6,16 +6,30 @@ are errors. Ranges are the loaded model's and are checked by `service.catalog`, 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.images import ImageFormat
 from model.limits import MAX_IMAGE_INDEX, MAX_SEED
 
-__all__ = ["ErrorBody", "ErrorDetail", "GenerateRequest", "GenerateResponse", "GeneratedImage"]
+__all__ = [
+    "MAX_CLASSES",
+    "MAX_TEXT",
+    "ClassList",
+    "ClassQuery",
+    "ErrorBody",
+    "ErrorDetail",
+    "GenerateRequest",
+    "GenerateResponse",
+    "GeneratedImage",
+    "ServedClass",
+]
 
-_MAX_TEXT = 200  # characters of a label: near ones are searched for, which has to stay cheap
+MAX_TEXT: Final = 200
+"""Characters of a label: near ones are searched for, which has to stay cheap."""
+MAX_CLASSES: Final = 1000
+"""Classes in one answer of `/v1/classes`."""
 
 
 class GenerateRequest(BaseModel):
@@ -30,7 +44,7 @@ class GenerateRequest(BaseModel):
         json_schema_extra={"examples": [{"class_id": 0, "cfg_scale": 2.5, "steps": 20, "seed": 0}]},
     )
 
-    class_id: int | Annotated[str, Field(max_length=_MAX_TEXT)] | None = Field(
+    class_id: int | Annotated[str, Field(max_length=MAX_TEXT)] | None = Field(
         None,
         description="Class by id or label, as GET /v1/models lists them; none for a model without classes.",
     )
@@ -41,7 +55,7 @@ class GenerateRequest(BaseModel):
         None, description="Pixels a side, which picks the model. Default: the smallest."
     )
     model: str | None = Field(
-        None, max_length=_MAX_TEXT, description="Model id; needed only where two have the same resolution."
+        None, max_length=MAX_TEXT, description="Model id; needed only where two have the same resolution."
     )
     num_images: int = Field(1, description="Images to generate.")
     steps: int | None = Field(
@@ -92,6 +106,36 @@ class GenerateResponse(BaseModel):
     format: str
     images: list[GeneratedImage]
     timings: dict[str, float] = Field(description="Seconds in queue, denoise, decode, encode, and total.")
+
+
+class ClassQuery(BaseModel):
+    """Which classes to list."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    q: str = Field(
+        "", max_length=MAX_TEXT, description="Part of an id or a label, in any case. Default: every class."
+    )
+    model: str | None = Field(None, max_length=MAX_TEXT, description="Model id, as in /generate.")
+    resolution: int | None = Field(None, description="Pixels a side, as in /generate. Default: the smallest.")
+    limit: int = Field(20, ge=1, le=MAX_CLASSES, description="Most classes to list.")
+
+
+class ServedClass(BaseModel):
+    """One class of a model."""
+
+    class_id: int
+    label: str
+
+
+class ClassList(BaseModel):
+    """Classes of one model, the best match first."""
+
+    object: Literal["list"] = "list"
+    model: str
+    resolution: int
+    total: int = Field(description="Matches, those beyond the limit included.")
+    data: list[ServedClass]
 
 
 class ErrorDetail(BaseModel):

@@ -193,6 +193,7 @@ BAD_FIELDS = [
         {"model": "fake-16", "resolution": 32}, "resolution", "32 given; this model accepts 16", id="both"
     ),
     pytest.param({"stepz": 4}, "stepz", "4 given; this request accepts class_id, cfg_scale", id="unknown"),
+    pytest.param({"body": 4}, "body", "4 given; this request accepts class_id", id="unknown-body"),
 ]
 
 
@@ -210,7 +211,7 @@ def test_generate_names_field_value_and_accepted_range(
     assert error["accepted"] in error["message"]
     assert "value" in error
     assert error["request_id"] == answer.headers["x-request-id"]
-    assert error["code"] == ("unknown_field" if field == "stepz" else "invalid_field")
+    assert error["code"] == ("unknown_field" if field in ("stepz", "body") else "invalid_field")
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])

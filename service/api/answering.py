@@ -1,0 +1,124 @@
+"""From a ticket to encoded images, for every route that makes them, and what is said of a finished request.
+
+A client that leaves gives its slots back at the next step. Encoding runs in the runtime's pool, image by
+image as the engine finishes them; the event loop only waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from model.images import ImageFormat, encode_image, image_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from starlette.types import Receive
+
+    from service.catalog import ServedModel
+    from service.engine.engine import Engine
+    from service.engine.request import ImageJob, Ticket
+    from service.runtime import Runtime
+
+__all__ = ["CLIENT_CLOSED_REQUEST", "ERROR_STATUSES", "Answer", "attended"]
+
+CLIENT_CLOSED_REQUEST: Final = 499
+"""nginx's; nobody is left to read it, but the log and the counter say so."""
+ERROR_STATUSES: Final = (400, 408, 413, 415, 422, 429, 500, 503)
+"""What a route that makes images can answer beside 200."""
+
+_Result = TypeVar("_Result")
+
+
+async def attended(
+    receive: Receive, engine: Engine, ticket: Ticket, work: Coroutine[Any, Any, _Result]
+) -> _Result | None:
+    """What `work` returns, or None if the client leaves first; either way the ticket is closed then."""
+    answer = asyncio.create_task(work)
+    departure = asyncio.create_task(_departure(receive))
+    try:
+        await asyncio.wait((answer, departure), return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else None
+    finally:
+        engine.cancel(ticket)
+        answer.cancel()
+        departure.cancel()
+
+
+async def _departure(receive: Receive) -> None:
+    """Return when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A request's images in the making, and what is said of it: in a file's metadata, in headers, in JSON."""
+
+    runtime: Runtime
+    ticket: Ticket
+    model: ServedModel
+    format: ImageFormat
+    quality: int
+    started: float
+    """`time.monotonic()` at the request's arrival."""
+
+    @property
+    def class_label(self) -> str | None:
+        """The label of the class, None for a model without classes."""
+        return self.model.pipeline.labels[self.ticket.request.class_label] if self.model.conditional else None
+
+    def metadata(self, job: ImageJob) -> dict[str, str]:
+        """What the image's file carries."""
+        return image_metadata(
+            seed=job.request.seed,
+            image_index=job.image_index,
+            class_label=self.class_label,
+            guidance_scale=job.request.guidance_scale,
+            num_inference_steps=job.request.num_inference_steps,
+            sampler=job.request.sampler,
+            model=self.model.name,
+            weights_hash=self.model.pipeline.weights_hash,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """The settings that the images were made with, those that the request left open included."""
+        request = self.ticket.request
+        return {
+            "model": self.model.name,
+            "class_id": request.class_label if self.model.conditional else None,
+            "class_label": self.class_label,
+            "cfg_scale": request.guidance_scale,
+            "resolution": self.model.pipeline.resolution,
+            "steps": request.num_inference_steps,
+            "sampler": request.sampler,
+            "seed": request.seed,
+        }
+
+    async def image(self, job: ImageJob) -> bytes:
+        """One image's file, as soon as its pixels are there."""
+        pixels = await asyncio.wrap_future(job.result)
+        return await asyncio.get_running_loop().run_in_executor(
+            self.runtime.encoders, encode_image, pixels, self.format, self.quality, self.metadata(job)
+        )
+
+    async def images(self) -> list[bytes]:
+        """All files, in order."""
+        return await asyncio.gather(*(self.image(job) for job in self.ticket.jobs))
+
+    def timings(self) -> dict[str, float]:
+        """Seconds by stage and in total, once all images are there; they are counted in the metrics.
+
+        Encoding overlaps the other stages: what counts is what it adds.
+        """
+        total = time.monotonic() - self.started
+        timings = self.ticket.stage_seconds
+        timings["encode"] = max(0.0, total - sum(timings.values()))
+        metrics = self.runtime.metrics
+        for stage, seconds in timings.items():
+            metrics.stage_latency.labels(stage).observe(seconds)
+        metrics.e2e_request_latency.observe(total)
+        return timings | {"total": total}
