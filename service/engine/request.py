@@ -13,13 +13,16 @@ from __future__ import annotations
 import contextlib
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["GenerationRequest", "ImageJob", "Ticket"]
+__all__ = ["PRIORITIES", "GenerationRequest", "ImageJob", "Priority", "Ticket"]
+
+Priority = Literal["high", "normal", "low"]
+PRIORITIES: Final[tuple[Priority, ...]] = ("high", "normal", "low")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,7 @@ class GenerationRequest:
     image_index: int = 0
     """Noise stream of the first image; image j of the request uses (seed, image_index + j)."""
     num_images: int = 1
+    priority: Priority = "normal"
 
     @property
     def rows_per_image(self) -> int:
