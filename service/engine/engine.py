@@ -271,12 +271,12 @@ class Engine:
     # --- every thread ---
 
     def _fail(self, ticket: Ticket, error: Exception, *, stage: str) -> None:
-        if ticket.done:
+        answer = GenerationFailed(f"{stage}: failed for this request; the server's log has the reason")
+        if not ticket.fail(answer):  # answered already, maybe by another thread in this moment
             return
         request_id = ticket.request.request_id
         _logger.error("%s failed", stage, exc_info=error, extra={"request_id": request_id})
         self._metrics.failures.labels(stage).inc()
-        ticket.fail(GenerationFailed(f"{stage}: failed for this request; the server's log has the reason"))
         self._close(ticket)
 
     def _close(self, ticket: Ticket) -> None:

@@ -86,7 +86,6 @@ class Ticket:
         self.started_at: float | None = None
         self.denoised_at: float | None = None
         self.decoded_at: float | None = None
-        self.cancelled = False
 
     @property
     def done(self) -> bool:
@@ -104,14 +103,16 @@ class Ticket:
             "decode": self.decoded_at - self.denoised_at,
         }
 
-    def fail(self, error: Exception) -> None:
-        """Answer every image that has no answer yet with `error`."""
+    def fail(self, error: Exception) -> bool:
+        """Answer every image that has no answer yet with `error`; False if all of them have one."""
+        failed = False
         for job in self.jobs:
             with contextlib.suppress(InvalidStateError):
                 job.result.set_exception(error)
+                failed = True
+        return failed
 
     def cancel(self) -> None:
         """Give up every image that has no answer yet."""
-        self.cancelled = True
         for job in self.jobs:
             job.result.cancel()

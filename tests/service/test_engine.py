@@ -261,6 +261,24 @@ def test_engine_a_failing_decode_fails_its_image_alone(engine_of: EngineFactory)
             images(ticket)
 
 
+def test_engine_does_not_decode_what_is_left_of_a_failed_request(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline)
+    autoencoder: Any = pipeline.autoencoder
+    attempts: list[int] = []
+
+    def refuse(latents: torch.Tensor) -> None:
+        attempts.append(len(latents))
+        raise RuntimeError("out of memory")
+
+    autoencoder.before_decode = refuse
+    for num_images in (8, 1):  # the second is decoded once the decoder is through with the first
+        request = replace(REQUEST, num_images=num_images, num_inference_steps=1, guidance_scale=1.0)
+        with pytest.raises(GenerationFailed, match="decode"):
+            images(engine.submit(request))
+    assert len(attempts) <= 6  # of the first batch at most, together and singly, and of the second request
+
+
 def test_engine_drain_finishes_what_was_accepted_and_takes_no_more(engine_of: EngineFactory) -> None:
     pipeline = fake_pipeline()
     engine = engine_of(pipeline)
