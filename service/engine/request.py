@@ -11,6 +11,7 @@ Nothing here holds a tensor, a queue or a lock.
 from __future__ import annotations
 
 import contextlib
+import math
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
@@ -41,6 +42,8 @@ class GenerationRequest:
     """Noise stream of the first image; image j of the request uses (seed, image_index + j)."""
     num_images: int = 1
     priority: Priority = "normal"
+    timeout_s: float | None = None
+    """Seconds from submission after which the request is given up; None: it has as long as it takes."""
 
     @property
     def rows_per_image(self) -> int:
@@ -88,9 +91,27 @@ class Ticket:
         self.decoded_at: float | None = None
 
     @property
+    def deadline(self) -> float:
+        """When the request is to be given up; infinity where it has as long as it takes."""
+        timeout_s = self.request.timeout_s
+        return math.inf if timeout_s is None else self.submitted_at + timeout_s
+
+    @property
     def done(self) -> bool:
         """Whether every image is made, failed or given up."""
         return all(job.result.done() for job in self.jobs)
+
+    @property
+    def steps_done(self) -> int:
+        """Denoising steps done, of all images."""
+        return sum(job.step_index for job in self.jobs)
+
+    @property
+    def stage(self) -> str:
+        """The stage of the engine that the request is in, or was when it was given up."""
+        if self.started_at is None:
+            return "queue"
+        return "decode" if all(job.finished for job in self.jobs) else "denoise"
 
     @property
     def stage_seconds(self) -> dict[str, float]:
