@@ -32,7 +32,7 @@ router = APIRouter(tags=["generation"])
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it, but the log and the counter say so
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 408, 413, 415, 422, 429, 500, 503)
+    status: {"model": ErrorBody} for status in (400, 408, 413, 415, 422, 429, 500, 503, 504)
 }
 
 

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_error_handlers"]
 
-_KIND_OF_FIELD = {"cfg_scale": "a number, "} | dict.fromkeys(("class_id", "sampler", "format", "model"), "")
+_KIND_OF_FIELD = dict.fromkeys(("cfg_scale", "timeout_s"), "a number, ") | dict.fromkeys(
+    ("class_id", "sampler", "format", "model", "priority"), ""
+)
 _OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")
 
 

@@ -27,7 +27,7 @@ import torch
 from service.engine.decode import Decoder
 from service.engine.request import GenerationRequest, ImageJob, Ticket
 from service.engine.runner import Runner
-from service.engine.scheduler import PlannedStep, Scheduler
+from service.engine.scheduler import AGING_S, PlannedStep, Scheduler
 from service.errors import DeadlineExceeded, Draining, EngineStopped, GenerationFailed, QueueFull
 
 if TYPE_CHECKING:
@@ -56,9 +56,10 @@ class Engine:
         max_rows: int,
         max_queue_images: int,
         metrics: Metrics,
+        priority_aging_s: float = AGING_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._scheduler = Scheduler(pipelines, max_rows=max_rows)
+        self._scheduler = Scheduler(pipelines, max_rows=max_rows, aging_s=priority_aging_s)
         self._runners = {name: Runner(pipeline, num_slots=max_rows) for name, pipeline in pipelines.items()}
         self._decoder = Decoder(pipelines, self)
         self._max_decode_backlog = max_rows
