@@ -247,8 +247,7 @@ class Engine:
 
     def _note_start(self, plan: PlannedStep) -> None:
         fresh = [job for job in plan.jobs if job.step_index == 0]
-        with self._changed:
-            self._num_waiting_images -= len(fresh)
+        self._leave_queue(len(fresh))
         for job in fresh:
             if job.ticket.started_at is None:
                 job.ticket.started_at = self._clock()
@@ -290,8 +289,11 @@ class Engine:
     def _drop(self, ticket: Ticket) -> None:
         self._timed.discard(ticket)
         num_queued = self._scheduler.drop(ticket)
-        with self._changed:
-            self._num_waiting_images -= num_queued
+        self._leave_queue(num_queued)
+
+    def _leave_queue(self, num_images: int) -> None:
+        with self._changed:  # where the decoder has died since, all were taken out together
+            self._num_waiting_images = max(0, self._num_waiting_images - num_images)
 
     # --- the decoder's thread: DecoderListener ---
 

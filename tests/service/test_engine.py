@@ -402,6 +402,17 @@ def test_engine_a_dead_thread_answers_everyone_and_says_so(
         engine.submit(REQUEST)
 
 
+def test_engine_a_decoder_that_dies_during_a_step_leaves_the_queue_empty(engine_of: EngineFactory) -> None:
+    metrics = Metrics()
+    engine = engine_of(fake_pipeline(), start=False, metrics=metrics)
+    ticket = engine.submit(REQUEST)
+    engine.decoder_stopped(RuntimeError("out of memory"))
+    engine.step()  # the one that was about to begin
+    with pytest.raises(EngineStopped):
+        images(ticket)
+    assert "lamamba_queue_images 0.0" in metrics.render().decode()
+
+
 def test_engine_start_raises_what_the_warm_up_raised(engine_of: EngineFactory) -> None:
     pipeline = fake_pipeline()
     network: Any = pipeline.network
