@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 from model.diffusion.samplers import SAMPLERS
 from model.images import IMAGE_FORMATS
 from model.limits import DEFAULT_STEPS, GUIDANCE_SCALE_RANGE, MAX_IMAGE_INDEX, MAX_SEED
-from service.engine.request import GenerationRequest
+from service.engine.request import PRIORITIES, GenerationRequest
 from service.errors import InvalidField, NotFound, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from service.api.schemas import GenerateRequest
     from service.engine.pipeline import ServedPipeline
 
@@ -32,6 +34,8 @@ class ServedModel:
 
     pipeline: ServedPipeline
     max_images_per_request: int
+    max_timeout_s: float
+    default_timeout_s: float | None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -74,6 +78,8 @@ class ServedModel:
             "image_index": f"0 to {MAX_IMAGE_INDEX}",
             "format": _alternatives(IMAGE_FORMATS),
             "quality": "1 to 100",
+            "priority": _alternatives(PRIORITIES),
+            "timeout_s": f"above 0 and up to {self.max_timeout_s:g} seconds",
         }
 
     def describe(self) -> dict[str, Any]:
@@ -102,6 +108,8 @@ class ServedModel:
                 "seed": {"minimum": 0, "maximum": MAX_SEED},
                 "samplers": list(SAMPLERS),
                 "formats": list(IMAGE_FORMATS),
+                "priorities": list(PRIORITIES),
+                "timeout_s": {"maximum": self.max_timeout_s, "default": self.default_timeout_s},
             },
         }
 
@@ -167,10 +175,13 @@ class Catalog:
         """The work that a request asks for. Raises InvalidField with the model's own limits."""
         model = self.select(body.model, body.resolution)
         steps = DEFAULT_STEPS[body.sampler] if body.steps is None else body.steps
+        timeout_s = model.default_timeout_s if body.timeout_s is None else body.timeout_s
         cfg_scale = model.default_cfg_scale if body.cfg_scale is None else body.cfg_scale
         _check_range(model, "num_images", body.num_images, 1, model.max_images_per_request)
         _check_range(model, "steps", steps, 1, model.max_steps)
         _check_range(model, "cfg_scale", cfg_scale, *model.cfg_range)
+        if timeout_s is not None and not 0 < timeout_s <= model.max_timeout_s:
+            raise InvalidField("timeout_s", timeout_s, model.accepted()["timeout_s"])
         return GenerationRequest(
             request_id=request_id,
             model=model.name,
@@ -181,6 +192,8 @@ class Catalog:
             seed=secrets.randbelow(_RANDOM_SEEDS) if body.seed is None else body.seed,
             image_index=body.image_index,
             num_images=body.num_images,
+            priority=body.priority,
+            timeout_s=timeout_s,
         )
 
 
@@ -206,5 +219,5 @@ def _check_range(model: ServedModel, name: str, value: float, low: float, high: 
         raise InvalidField(name, value, model.accepted()[name])
 
 
-def _alternatives(values: tuple[str, ...] | list[str]) -> str:
+def _alternatives(values: Sequence[str]) -> str:
     return " or ".join([", ".join(values[:-1]), values[-1]] if len(values) > 1 else list(values))

@@ -16,7 +16,8 @@ ServiceError                   500 internal_error
 |   |-- NotReady               503 not_ready
 |   |-- Draining               503 draining
 |   `-- EngineStopped          503 engine_stopped
-`-- GenerationFailed           500 generation_failed      this request's work failed; others go on
+|-- GenerationFailed           500 generation_failed      this request's work failed; others go on
+`-- DeadlineExceeded           504 deadline_exceeded      not finished within its timeout_s
 
 StartupError and EngineFailure are never sent: the process ends with one line and exit code 2 or 1.
 """
@@ -29,6 +30,7 @@ from typing import Any, ClassVar
 
 __all__ = [
     "BodyTimeout",
+    "DeadlineExceeded",
     "Draining",
     "EngineFailure",
     "EngineStopped",
@@ -191,6 +193,25 @@ class GenerationFailed(ServiceError):
     """The work of one request failed on the device; its neighbours go on."""
 
     code = "generation_failed"
+
+
+class DeadlineExceeded(ServiceError):
+    """The request was not finished in the time that it had, and has been given up."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+    def __init__(self, timeout_s: float, *, queue_s: float, steps_done: int, steps: int) -> None:
+        super().__init__(
+            f"timeout_s: {timeout_s:g} s have passed; the request waited {queue_s:.3g} s for a slot "
+            f"and did {steps_done} of {steps} steps"
+        )
+        self.queue_s = queue_s
+        self.steps_done = steps_done
+        self.steps = steps
+
+    def details(self) -> dict[str, Any]:
+        return {"queue_s": round(self.queue_s, 6), "steps_done": self.steps_done, "steps": self.steps}
 
 
 class StartupError(Exception):

@@ -71,6 +71,9 @@ class Metrics:
         self.failures = self._counter(
             "failures", "Requests that were accepted and failed, by stage.", "stage"
         )
+        self.deadlines_exceeded = self._counter(
+            "deadline_exceeded", "Requests given up at their deadline, by the stage they were in.", "stage"
+        )
 
         self.e2e_request_latency = self._histogram(
             "e2e_request_latency_seconds", "From a request's arrival to its answer.", _SECONDS
@@ -95,6 +98,8 @@ class Metrics:
             self.stage_latency.labels(stage)  # shown from the start, with zeros
         for stage in ("denoise", "decode"):
             self.failures.labels(stage)
+        for stage in ("queue", "denoise", "decode"):
+            self.deadlines_exceeded.labels(stage)
 
     def read_load(
         self,

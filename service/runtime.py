@@ -143,7 +143,12 @@ class Runtime:
         try:
             catalog = Catalog(
                 tuple(
-                    ServedModel(pipeline=pipeline, max_images_per_request=settings.max_images_per_request)
+                    ServedModel(
+                        pipeline=pipeline,
+                        max_images_per_request=settings.max_images_per_request,
+                        max_timeout_s=settings.max_timeout_s,
+                        default_timeout_s=settings.default_timeout_s or None,
+                    )
                     for pipeline in pipelines
                 )
             )
@@ -152,6 +157,7 @@ class Runtime:
                 max_rows=settings.max_rows or _MAX_ROWS[pipelines[0].device.type],
                 max_queue_images=settings.max_queue_images,
                 metrics=self.metrics,
+                priority_aging_s=settings.priority_aging_s,
             )
         except ValueError as error:
             raise StartupError(str(error)) from error

@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.engine.scheduler import AGING_S
 from service.errors import StartupError, shown
 
 __all__ = ["ENVIRONMENT_PREFIX", "Settings", "load_settings"]
@@ -61,6 +62,21 @@ class Settings(BaseSettings):
     )
     max_queue_images: int = Field(256, ge=1, le=1_000_000, description="Images that may wait; beyond: 429.")
     max_images_per_request: int = Field(16, ge=1, le=1024, description="Largest num_images of a request.")
+    priority_aging_s: float = Field(
+        AGING_S,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds of waiting that lift a request by one priority; 0: priorities are ignored.",
+    )
+    max_timeout_s: float = Field(
+        600.0, gt=0, le=86_400, allow_inf_nan=False, description="Largest timeout_s of a request, in seconds."
+    )
+    default_timeout_s: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="timeout_s of a request that gives none; 0: it has as long as it takes.",
+    )
     max_body_bytes: int = Field(65_536, ge=256, le=2**30, description="Largest request body; beyond: 413.")
     body_timeout_s: float = Field(
         30.0, gt=0, allow_inf_nan=False, description="Time a client has to send its body, in seconds."
@@ -84,6 +100,14 @@ class Settings(BaseSettings):
     def _check_device(cls, value: str) -> str:
         if not _DEVICE.fullmatch(value):
             raise ValueError("accepted are auto, cpu, cuda and cuda:N")
+        return value
+
+    @field_validator("default_timeout_s")
+    @classmethod
+    def _check_default_timeout(cls, value: float, info: ValidationInfo) -> float:
+        most = info.data.get("max_timeout_s", value)
+        if value > most:
+            raise ValueError(f"accepted is up to max_timeout_s, {most:g}")
         return value
 
     @field_validator("root_path")

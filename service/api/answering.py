@@ -27,7 +27,7 @@ __all__ = ["CLIENT_CLOSED_REQUEST", "ERROR_STATUSES", "Answer", "attended"]
 
 CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's; nobody is left to read it, but the log and the counter say so."""
-ERROR_STATUSES: Final = (400, 408, 413, 415, 422, 429, 500, 503)
+ERROR_STATUSES: Final = (400, 408, 413, 415, 422, 429, 500, 503, 504)
 """What a route that makes images can answer beside 200."""
 
 _Result = TypeVar("_Result")

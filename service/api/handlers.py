@@ -35,6 +35,7 @@ __all__ = ["add_error_handlers"]
 
 _INTEGERS = ("resolution", "num_images", "steps", "seed", "image_index", "quality", "limit")
 _INTEGERS_OF_OPENAI = ("n", "output_compression", "partial_images", "steps", "seed", "image_index")
+_NUMBERS = ("cfg_scale", "timeout_s")
 _OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")
 
 
@@ -115,7 +116,7 @@ def _translate(request: Request, problems: Any, accepted: Mapping[str, str]) -> 
 
 def _kind(request: Request, name: str) -> str:
     integers = _INTEGERS_OF_OPENAI if speaks_openai(request.scope) else _INTEGERS
-    return "an integer, " if name in integers else "a number, " if name == "cfg_scale" else ""
+    return "an integer, " if name in integers else "a number, " if name in _NUMBERS else ""
 
 
 def _not_an_object(request: Request, problem: Mapping[str, Any]) -> RequestError:

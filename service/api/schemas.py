@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from model.images import ImageFormat
 from model.limits import MAX_IMAGE_INDEX, MAX_SEED
+from service.engine.request import Priority
 
 __all__ = [
     "MAX_CLASSES",
@@ -76,6 +77,14 @@ class GenerateRequest(BaseModel):
         None, description="Image format. Default: the one that the Accept header names, else png."
     )
     quality: int = Field(90, ge=1, le=100, description="Quality of jpeg and webp; png is lossless.")
+    priority: Priority = Field(
+        "normal", description="Which waiting requests go first; one that waits rises with time."
+    )
+    timeout_s: float | None = Field(
+        None,
+        description="Seconds after which a request that is not finished is given up and answered with 504. "
+        "Default: the server's, else as long as it takes.",
+    )
 
 
 class GeneratedImage(BaseModel):
@@ -147,6 +156,9 @@ class ErrorDetail(BaseModel):
     field: str | None = None
     value: Any = None
     accepted: str | None = None
+    queue_s: float | None = Field(None, description="Of a 504: seconds that the request waited for a slot.")
+    steps_done: int | None = Field(None, description="Of a 504: denoising steps done, of all images.")
+    steps: int | None = Field(None, description="Of a 504: denoising steps that the request takes.")
 
 
 class ErrorBody(BaseModel):

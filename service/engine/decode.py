@@ -131,7 +131,7 @@ class Decoder:
     def _decode(self, batch: Sequence[_Item]) -> None:
         wanted: list[_Item] = []
         for item in batch:
-            if item.job.ticket.cancelled:
+            if item.job.result.done():  # given up, or failed with another image of its request
                 self._settle()
             else:
                 wanted.append(item)

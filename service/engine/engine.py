@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -26,8 +27,8 @@ import torch
 from service.engine.decode import Decoder
 from service.engine.request import GenerationRequest, ImageJob, Ticket
 from service.engine.runner import Runner
-from service.engine.scheduler import PlannedStep, Scheduler
-from service.errors import Draining, EngineStopped, GenerationFailed, QueueFull
+from service.engine.scheduler import AGING_S, PlannedStep, Scheduler
+from service.errors import DeadlineExceeded, Draining, EngineStopped, GenerationFailed, QueueFull
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,15 +56,19 @@ class Engine:
         max_rows: int,
         max_queue_images: int,
         metrics: Metrics,
+        priority_aging_s: float = AGING_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._scheduler = Scheduler(pipelines, max_rows=max_rows)
+        self._scheduler = Scheduler(pipelines, max_rows=max_rows, aging_s=priority_aging_s)
         self._runners = {name: Runner(pipeline, num_slots=max_rows) for name, pipeline in pipelines.items()}
         self._decoder = Decoder(pipelines, self)
         self._max_decode_backlog = max_rows
         self._max_queue_images = max_queue_images
         self._metrics = metrics
         self._clock = clock
+
+        self._timed: set[Ticket] = set()  # with a deadline; like the scheduler, the engine's thread's own
+        self._next_deadline = math.inf  # of those, or earlier, where one has been closed since
 
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run_forever, name="lamamba-engine", daemon=True)
@@ -111,7 +116,7 @@ class Engine:
                 )
             self._num_waiting_images += request.num_images
             self._tickets.add(ticket)
-            self._inbox.put(partial(self._scheduler.add, ticket))
+            self._inbox.put(partial(self._accept, ticket))
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -171,6 +176,7 @@ class Engine:
     def step(self) -> bool:
         """Run one denoising step of one lane; False when there was nothing to do."""
         self._receive()
+        self._expire()
         plan = self._scheduler.schedule(admit=self._decoder.backlog < self._max_decode_backlog)
         if plan is None:
             return False
@@ -190,7 +196,7 @@ class Engine:
             self._warm.set()
             while not self._stopping:
                 if not self.step():
-                    self._inbox.get()()
+                    self._wait()
         except BaseException as error:  # the thread's last words: everyone who waits gets an answer
             self._die(error)
         finally:
@@ -200,10 +206,48 @@ class Engine:
         while not self._inbox.empty():
             self._inbox.get()()
 
+    def _wait(self) -> None:
+        """Sleep until there is a command, which is run, or a deadline has come."""
+        timeout_s = None
+        if self._next_deadline < math.inf:
+            timeout_s = min(max(0.0, self._next_deadline - self._clock()), threading.TIMEOUT_MAX)
+        with contextlib.suppress(queue.Empty):
+            self._inbox.get(timeout=timeout_s)()
+
+    def _accept(self, ticket: Ticket) -> None:
+        self._scheduler.add(ticket)
+        if ticket.deadline < math.inf:
+            self._timed.add(ticket)
+            self._next_deadline = min(self._next_deadline, ticket.deadline)
+
+    def _expire(self) -> None:
+        """Give up the requests whose time is over, before they cost another step."""
+        now = self._clock() if self._timed else -math.inf
+        if now < self._next_deadline:
+            return
+        for ticket in [ticket for ticket in self._timed if ticket.deadline <= now]:
+            self._time_out(ticket, now)
+        self._next_deadline = min((ticket.deadline for ticket in self._timed), default=math.inf)
+
+    def _time_out(self, ticket: Ticket, now: float) -> None:
+        request = ticket.request
+        stage = ticket.stage
+        started_at = now if ticket.started_at is None else ticket.started_at
+        error = DeadlineExceeded(
+            ticket.deadline - ticket.submitted_at,
+            queue_s=started_at - ticket.submitted_at,
+            steps_done=ticket.steps_done,
+            steps=request.num_images * request.num_inference_steps,
+        )
+        if ticket.fail(error):  # else it was answered in this moment
+            _logger.info("%s", error, extra={"request_id": request.request_id})
+            self._metrics.deadlines_exceeded.labels(stage).inc()
+            self._close(ticket)
+        self._drop(ticket)
+
     def _note_start(self, plan: PlannedStep) -> None:
         fresh = [job for job in plan.jobs if job.step_index == 0]
-        with self._changed:
-            self._num_waiting_images -= len(fresh)
+        self._leave_queue(len(fresh))
         for job in fresh:
             if job.ticket.started_at is None:
                 job.ticket.started_at = self._clock()
@@ -243,9 +287,13 @@ class Engine:
             self._decoder.submit(latents)
 
     def _drop(self, ticket: Ticket) -> None:
+        self._timed.discard(ticket)
         num_queued = self._scheduler.drop(ticket)
-        with self._changed:
-            self._num_waiting_images -= num_queued
+        self._leave_queue(num_queued)
+
+    def _leave_queue(self, num_images: int) -> None:
+        with self._changed:  # where the decoder has died since, all were taken out together
+            self._num_waiting_images = max(0, self._num_waiting_images - num_images)
 
     # --- the decoder's thread: DecoderListener ---
 
@@ -271,12 +319,12 @@ class Engine:
     # --- every thread ---
 
     def _fail(self, ticket: Ticket, error: Exception, *, stage: str) -> None:
-        if ticket.done:
+        answer = GenerationFailed(f"{stage}: failed for this request; the server's log has the reason")
+        if not ticket.fail(answer):  # answered already, maybe by another thread in this moment
             return
         request_id = ticket.request.request_id
         _logger.error("%s failed", stage, exc_info=error, extra={"request_id": request_id})
         self._metrics.failures.labels(stage).inc()
-        ticket.fail(GenerationFailed(f"{stage}: failed for this request; the server's log has the reason"))
         self._close(ticket)
 
     def _close(self, ticket: Ticket) -> None:

@@ -11,15 +11,19 @@ Nothing here holds a tensor, a queue or a lock.
 from __future__ import annotations
 
 import contextlib
+import math
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["GenerationRequest", "ImageJob", "Ticket"]
+__all__ = ["PRIORITIES", "GenerationRequest", "ImageJob", "Priority", "Ticket"]
+
+Priority = Literal["high", "normal", "low"]
+PRIORITIES: Final[tuple[Priority, ...]] = ("high", "normal", "low")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,9 @@ class GenerationRequest:
     image_index: int = 0
     """Noise stream of the first image; image j of the request uses (seed, image_index + j)."""
     num_images: int = 1
+    priority: Priority = "normal"
+    timeout_s: float | None = None
+    """Seconds from submission after which the request is given up; None: it has as long as it takes."""
 
     @property
     def rows_per_image(self) -> int:
@@ -82,12 +89,29 @@ class Ticket:
         self.started_at: float | None = None
         self.denoised_at: float | None = None
         self.decoded_at: float | None = None
-        self.cancelled = False
+
+    @property
+    def deadline(self) -> float:
+        """When the request is to be given up; infinity where it has as long as it takes."""
+        timeout_s = self.request.timeout_s
+        return math.inf if timeout_s is None else self.submitted_at + timeout_s
 
     @property
     def done(self) -> bool:
         """Whether every image is made, failed or given up."""
         return all(job.result.done() for job in self.jobs)
+
+    @property
+    def steps_done(self) -> int:
+        """Denoising steps done, of all images."""
+        return sum(job.step_index for job in self.jobs)
+
+    @property
+    def stage(self) -> str:
+        """The stage of the engine that the request is in, or was when it was given up."""
+        if self.started_at is None:
+            return "queue"
+        return "decode" if all(job.finished for job in self.jobs) else "denoise"
 
     @property
     def stage_seconds(self) -> dict[str, float]:
@@ -100,14 +124,16 @@ class Ticket:
             "decode": self.decoded_at - self.denoised_at,
         }
 
-    def fail(self, error: Exception) -> None:
-        """Answer every image that has no answer yet with `error`."""
+    def fail(self, error: Exception) -> bool:
+        """Answer every image that has no answer yet with `error`; False if all of them have one."""
+        failed = False
         for job in self.jobs:
             with contextlib.suppress(InvalidStateError):
                 job.result.set_exception(error)
+                failed = True
+        return failed
 
     def cancel(self) -> None:
         """Give up every image that has no answer yet."""
-        self.cancelled = True
         for job in self.jobs:
             job.result.cancel()

@@ -4,26 +4,33 @@
     slot    a place for one image's latents in a lane; an image holds it from its first step to its last
     row     one network evaluation: two a step for a guided image, else one; a step has at most `max_rows`
 
-Between requests of a lane, free slots are given in turn (round robin), so that one image does not wait
-behind sixteen of another client; an image that does not fit the rows left is not overtaken by a smaller
-one. Between lanes, the turn goes to the one with the least virtual time, which is device time used, with no
-credit for having been idle (start-time fair queueing, Goyal et al. 1996): n busy lanes get 1/n of the
-device each, whatever their steps cost, and a lane waits at most for a step of each other lane and its own
-lead, which is one step.
+Between requests of a lane, free slots go to the one that counts as the earliest: a request counts as
+submitted `aging_s` seconds later for each priority that it is below high, so it is overtaken by those of
+the priority above that come up to `aging_s` after it, and by no others: nobody starves. Between requests of
+one priority, slots are given in turn (round robin), so that one image does not wait behind sixteen of
+another client; an image that does not fit the rows left is not overtaken by a smaller one. Between lanes,
+the turn goes to the one with the least virtual time, which is device time used, with no credit for having
+been idle (start-time fair queueing, Goyal et al. 1996): n busy lanes get 1/n of the device each, whatever
+their steps cost, and a lane waits at most for a step of each other lane and its own lead, which is one step.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from service.engine.request import PRIORITIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from service.engine.request import ImageJob, Ticket
 
-__all__ = ["PlannedStep", "Scheduler"]
+__all__ = ["AGING_S", "PlannedStep", "Scheduler"]
+
+AGING_S: Final = 30.0
+"""Seconds of waiting that lift a request by one priority."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +49,20 @@ class PlannedStep:
 class _Lane:
     def __init__(self, name: str, num_slots: int) -> None:
         self.name = name
-        self.waiting: OrderedDict[Ticket, deque[ImageJob]] = OrderedDict()
+        self.waiting: dict[str, OrderedDict[Ticket, deque[ImageJob]]] = {
+            priority: OrderedDict() for priority in PRIORITIES
+        }
         self.active: dict[int, ImageJob] = {}
         self.free_slots = list(range(num_slots))
         self.virtual_time_s = 0.0
 
     @property
     def busy(self) -> bool:
-        return bool(self.active or self.waiting)
+        return bool(self.active) or self.has_waiting
+
+    @property
+    def has_waiting(self) -> bool:
+        return any(self.waiting.values())
 
     @property
     def num_rows(self) -> int:
@@ -59,17 +72,23 @@ class _Lane:
 class Scheduler:
     """Queues, slots and turns of all lanes of one device. Used by one thread."""
 
-    def __init__(self, lanes: Iterable[str], *, max_rows: int) -> None:
+    def __init__(self, lanes: Iterable[str], *, max_rows: int, aging_s: float = AGING_S) -> None:
         if max_rows < 2:
             raise ValueError(f"max_rows: {max_rows} given; a guided image needs 2 or more")
         self.max_rows = max_rows
+        self._handicaps_s = {priority: rank * aging_s for rank, priority in enumerate(PRIORITIES)}
         self._lanes = {name: _Lane(name, max_rows) for name in lanes}
         self._virtual_time_s = 0.0
 
     @property
     def num_waiting(self) -> int:
         """Images that wait for a slot."""
-        return sum(len(jobs) for lane in self._lanes.values() for jobs in lane.waiting.values())
+        return sum(
+            len(jobs)
+            for lane in self._lanes.values()
+            for queue in lane.waiting.values()
+            for jobs in queue.values()
+        )
 
     @property
     def num_active(self) -> int:
@@ -81,11 +100,11 @@ class Scheduler:
         lane = self._lanes[ticket.request.model]
         if not lane.busy:
             lane.virtual_time_s = max(lane.virtual_time_s, self._virtual_time_s)
-        lane.waiting[ticket] = deque(ticket.jobs)
+        lane.waiting[ticket.request.priority][ticket] = deque(ticket.jobs)
 
     def schedule(self, *, admit: bool = True) -> PlannedStep | None:
         """The next step, or None when there is nothing to do; `admit` False gives out no further slots."""
-        candidates = [lane for lane in self._lanes.values() if lane.active or (admit and lane.waiting)]
+        candidates = [lane for lane in self._lanes.values() if lane.active or (admit and lane.has_waiting)]
         if not candidates:
             return None
         lane = min(candidates, key=lambda candidate: candidate.virtual_time_s)
@@ -110,12 +129,15 @@ class Scheduler:
         """Take all images of a request out of queue and slots; returns how many of them were still queued."""
         for job in ticket.jobs:
             self.release(job)
-        return len(self._lanes[ticket.request.model].waiting.pop(ticket, ()))
+        request = ticket.request
+        return len(self._lanes[request.model].waiting[request.priority].pop(ticket, ()))
 
     def _fill_slots(self, lane: _Lane) -> None:
         rows_left = self.max_rows - lane.num_rows
-        while lane.waiting and lane.free_slots:
-            ticket, jobs = next(iter(lane.waiting.items()))
+        while lane.has_waiting and lane.free_slots:
+            ticket = min((next(iter(queue)) for queue in lane.waiting.values() if queue), key=self._counts_as)
+            queue = lane.waiting[ticket.request.priority]
+            jobs = queue[ticket]
             if jobs[0].request.rows_per_image > rows_left:
                 break
             job = jobs.popleft()
@@ -123,6 +145,10 @@ class Scheduler:
             lane.active[job.slot] = job
             rows_left -= job.request.rows_per_image
             if jobs:
-                lane.waiting.move_to_end(ticket)
+                queue.move_to_end(ticket)
             else:
-                del lane.waiting[ticket]
+                del queue[ticket]
+
+    def _counts_as(self, ticket: Ticket) -> float:
+        """When a request counts as submitted, which needs no clock: all requests age alike."""
+        return ticket.submitted_at + self._handicaps_s[ticket.request.priority]

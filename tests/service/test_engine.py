@@ -18,7 +18,7 @@ import torch
 from model.pipeline import LaMambaPipeline
 from service.engine.engine import Engine
 from service.engine.request import GenerationRequest, Ticket
-from service.errors import Draining, EngineStopped, GenerationFailed, QueueFull
+from service.errors import DeadlineExceeded, Draining, EngineStopped, GenerationFailed, QueueFull
 from service.metrics import Metrics
 from tests.fakes import fake_pipeline
 
@@ -261,6 +261,104 @@ def test_engine_a_failing_decode_fails_its_image_alone(engine_of: EngineFactory)
             images(ticket)
 
 
+def test_engine_does_not_decode_what_is_left_of_a_failed_request(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline)
+    autoencoder: Any = pipeline.autoencoder
+    attempts: list[int] = []
+
+    def refuse(latents: torch.Tensor) -> None:
+        attempts.append(len(latents))
+        raise RuntimeError("out of memory")
+
+    autoencoder.before_decode = refuse
+    for num_images in (8, 1):  # the second is decoded once the decoder is through with the first
+        request = replace(REQUEST, num_images=num_images, num_inference_steps=1, guidance_scale=1.0)
+        with pytest.raises(GenerationFailed, match="decode"):
+            images(engine.submit(request))
+    assert len(attempts) <= 6  # of the first batch at most, together and singly, and of the second request
+
+
+def test_engine_a_request_whose_time_is_over_is_never_admitted(engine_of: EngineFactory) -> None:
+    now = [100.0]
+    pipeline = fake_pipeline()
+    metrics = Metrics()
+    engine = engine_of(pipeline, start=False, max_rows=2, metrics=metrics, clock=lambda: now[0])
+    running = engine.submit(REQUEST)
+    waiting = engine.submit(replace(REQUEST, num_images=3, timeout_s=5.0))
+    engine.step()
+    now[0] += 4.9
+    engine.step()
+    assert not waiting.done
+    now[0] += 0.1
+    engine.step()
+    with pytest.raises(DeadlineExceeded, match="timeout_s: 5 s have passed") as given_up:
+        images(waiting)
+    assert given_up.value.details() == {"queue_s": 5.0, "steps_done": 0, "steps": 18}
+    while engine.step():
+        pass
+    assert running.jobs[0].finished
+    network: Any = pipeline.network
+    assert network.rows_of_calls == [2] * 6
+    text = metrics.render().decode()
+    assert 'lamamba_deadline_exceeded_total{stage="queue"} 1.0' in text
+    assert "lamamba_queue_images 0.0" in text
+
+
+def test_engine_the_slots_of_a_request_whose_time_is_over_are_free_at_the_next_step(
+    engine_of: EngineFactory,
+) -> None:
+    now = [100.0]
+    pipeline, other = fake_pipeline(), fake_pipeline("fake-32", resolution=32)
+    engine = engine_of(pipeline, other, start=False, max_rows=4, clock=lambda: now[0])
+    late = engine.submit(replace(REQUEST, num_images=3, timeout_s=5.0))
+    engine.step()
+    heir = engine.submit(replace(REQUEST, num_images=2, seed=1))
+    now[0] += 5.0
+    engine.submit(replace(REQUEST, model="fake-32"))
+    while engine.step():
+        pass
+    with pytest.raises(DeadlineExceeded, match=r"waited 0 s for a slot and did 2 of 18 steps"):
+        images(late)
+    assert heir.started_at == now[0]
+    network: Any = pipeline.network
+    assert network.rows_of_calls == [4] * 7
+
+
+def test_engine_a_deadline_comes_though_no_step_runs(engine_of: EngineFactory) -> None:
+    """The decoder is stuck, so the engine sleeps, with two images on their way there and one not admitted."""
+    pipeline = fake_pipeline()
+    metrics = Metrics()
+    engine = engine_of(pipeline, max_rows=2, metrics=metrics)
+    autoencoder: Any = pipeline.autoencoder
+    gate = threading.Event()
+    autoencoder.before_decode = lambda latents: gate.wait(TIMEOUT_S)
+    stuck = replace(REQUEST, num_inference_steps=1, guidance_scale=1.0)
+    tickets = [engine.submit(replace(stuck, timeout_s=timeout_s)) for timeout_s in (0.6, 0.4, 0.5)]
+    for ticket in tickets:
+        with pytest.raises(DeadlineExceeded):
+            images(ticket)
+    gate.set()
+    assert engine.wait_idle(TIMEOUT_S)
+    text = metrics.render().decode()
+    assert 'lamamba_deadline_exceeded_total{stage="decode"} 2.0' in text
+    assert 'lamamba_deadline_exceeded_total{stage="queue"} 1.0' in text
+    assert "lamamba_images_total 0.0" in text
+
+
+def test_engine_a_request_in_time_is_not_given_up(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    metrics = Metrics()
+    engine = engine_of(pipeline, metrics=metrics)
+    tickets = [engine.submit(replace(REQUEST, seed=seed, timeout_s=TIMEOUT_S)) for seed in range(3)]
+    for ticket in tickets:
+        assert_equals_alone(ticket, pipeline)
+    engine.cancel(engine.submit(replace(REQUEST, num_inference_steps=900, timeout_s=0.2)))
+    images(engine.submit(replace(REQUEST, timeout_s=1e300)))
+    assert engine.wait_idle(TIMEOUT_S)
+    assert 'lamamba_deadline_exceeded_total{stage="denoise"} 0.0' in metrics.render().decode()
+
+
 def test_engine_drain_finishes_what_was_accepted_and_takes_no_more(engine_of: EngineFactory) -> None:
     pipeline = fake_pipeline()
     engine = engine_of(pipeline)
@@ -302,6 +400,17 @@ def test_engine_a_dead_thread_answers_everyone_and_says_so(
     assert not engine.alive
     with pytest.raises(EngineStopped):
         engine.submit(REQUEST)
+
+
+def test_engine_a_decoder_that_dies_during_a_step_leaves_the_queue_empty(engine_of: EngineFactory) -> None:
+    metrics = Metrics()
+    engine = engine_of(fake_pipeline(), start=False, metrics=metrics)
+    ticket = engine.submit(REQUEST)
+    engine.decoder_stopped(RuntimeError("out of memory"))
+    engine.step()  # the one that was about to begin
+    with pytest.raises(EngineStopped):
+        images(ticket)
+    assert "lamamba_queue_images 0.0" in metrics.render().decode()
 
 
 def test_engine_start_raises_what_the_warm_up_raised(engine_of: EngineFactory) -> None:

@@ -15,6 +15,8 @@ from PIL import Image
 from model.diffusion.samplers import SAMPLERS
 from model.images import read_metadata
 from service.api.schemas import GenerateRequest
+from service.engine.engine import Engine
+from service.engine.request import GenerationRequest, Ticket
 from tests.fakes import LABELS, fake_pipeline
 from tests.service.conftest import ClientFactory
 
@@ -187,6 +189,30 @@ BAD_FIELDS = [
     ),
     pytest.param({"quality": 101}, "quality", "101 given; this model accepts 1 to 100", id="quality"),
     pytest.param(
+        {"priority": "urgent"},
+        "priority",
+        '"urgent" given; this model accepts high, normal or low',
+        id="priority",
+    ),
+    pytest.param({"priority": 1}, "priority", "1 given", id="priority-number"),
+    pytest.param({"priority": None}, "priority", "null given", id="priority-null"),
+    pytest.param(
+        {"timeout_s": 0},
+        "timeout_s",
+        "0.0 given; this model accepts above 0 and up to 600 seconds",
+        id="timeout-none",
+    ),
+    pytest.param({"timeout_s": -1.5}, "timeout_s", "-1.5 given", id="timeout-negative"),
+    pytest.param({"timeout_s": 600.5}, "timeout_s", "600.5 given", id="timeout-long"),
+    pytest.param(
+        {"timeout_s": "5"},
+        "timeout_s",
+        '"5" given; this model accepts a number, above 0 and up to 600 seconds',
+        id="timeout-text",
+    ),
+    pytest.param({"timeout_s": True}, "timeout_s", "true given", id="timeout-bool"),
+    pytest.param({"timeout_s": 10**400}, "timeout_s", "given", id="timeout-huge"),
+    pytest.param(
         {"model": "other"}, "model", '"other" given; this server accepts fake-16 or fake-32', id="model"
     ),
     pytest.param(
@@ -216,7 +242,7 @@ def test_generate_names_field_value_and_accepted_range(
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_generate_refuses_numbers_that_are_none(client: TestClient, number: str) -> None:
-    for field in ("cfg_scale", "steps", "seed", "class_id"):
+    for field in ("cfg_scale", "steps", "seed", "class_id", "timeout_s"):
         body = json.dumps(BODY | {field: 0}).replace(f'"{field}": 0', f'"{field}": {number}')
         answer = client.post("/generate", content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code == 422, answer.text
@@ -308,6 +334,46 @@ def test_generate_full_queue_answers_429_with_retry_after(client_of: ClientFacto
     assert int(answer.headers["retry-after"]) >= 1
 
 
+def test_generate_out_of_time_answers_504_and_says_how_far_it_got(client_of: ClientFactory) -> None:
+    client = client_of(max_timeout_s=5.0)
+    answer = post(client, BODY | {"steps": 1000, "num_images": 16, "timeout_s": 0.02})
+    assert answer.status_code == 504, answer.text
+    error = answer.json()["error"]
+    assert error["code"] == "deadline_exceeded"
+    assert error["message"].startswith("timeout_s: 0.02 s have passed; the request waited ")
+    assert error["request_id"] == answer.headers["x-request-id"]
+    assert error["queue_s"] >= 0
+    assert error["steps_done"] < error["steps"] == 16_000
+    assert post(client, BODY | {"timeout_s": 5}).status_code == 200
+    assert "lamamba_deadline_exceeded_total" in client.get("/metrics").text
+
+
+def test_generate_timeout_is_the_servers_where_none_is_given(client_of: ClientFactory) -> None:
+    client = client_of(max_timeout_s=30.0, default_timeout_s=0.02)
+    slow = BODY | {"steps": 1000, "num_images": 16}
+    assert post(client, slow).status_code == 504
+    assert post(client, BODY | {"timeout_s": 30}).status_code == 200
+    limits = client.get("/v1/models").json()["data"][0]["limits"]
+    assert limits["timeout_s"] == {"maximum": 30.0, "default": 0.02}
+    assert limits["priorities"] == ["high", "normal", "low"]
+
+
+def test_generate_hands_priority_and_timeout_to_the_engine(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[GenerationRequest] = []
+    submit = Engine.submit
+
+    def note(engine: Engine, request: GenerationRequest) -> Ticket:
+        asked.append(request)
+        return submit(engine, request)
+
+    monkeypatch.setattr(Engine, "submit", note)
+    post(client, BODY)
+    post(client, BODY | {"priority": "high", "timeout_s": 9})
+    assert [(request.priority, request.timeout_s) for request in asked] == [("normal", None), ("high", 9.0)]
+
+
 def test_generate_ignores_a_request_id_that_is_no_word(client: TestClient) -> None:
     answer = post(client, BODY, **{"X-Request-ID": "a b\tc"})
     assert answer.headers["x-request-id"] != "a b\tc"
@@ -349,6 +415,7 @@ def test_docs_version_and_root(client: TestClient) -> None:
     assert client.get("/version").json()["version"]
     assert client.get("/", follow_redirects=False).headers["location"] == "docs"
     schema = client.get("/openapi.json").json()
+    assert "504" in schema["paths"]["/generate"]["post"]["responses"]
     assert {"/generate", "/v1/models", "/health/live", "/health/ready", "/metrics"} <= set(schema["paths"])
 
 

@@ -6,11 +6,19 @@ import random
 
 import pytest
 
-from service.engine.request import GenerationRequest, Ticket
+from service.engine.request import PRIORITIES, GenerationRequest, Priority, Ticket
 from service.engine.scheduler import PlannedStep, Scheduler
 
 
-def ticket(model: str = "a", *, num_images: int = 1, guided: bool = True, steps: int = 4) -> Ticket:
+def ticket(
+    model: str = "a",
+    *,
+    num_images: int = 1,
+    guided: bool = True,
+    steps: int = 4,
+    priority: Priority = "normal",
+    at: float = 0.0,
+) -> Ticket:
     return Ticket(
         GenerationRequest(
             request_id="r",
@@ -21,8 +29,9 @@ def ticket(model: str = "a", *, num_images: int = 1, guided: bool = True, steps:
             sampler="ddim",
             seed=0,
             num_images=num_images,
+            priority=priority,
         ),
-        submitted_at=0.0,
+        submitted_at=at,
     )
 
 
@@ -72,6 +81,65 @@ def test_schedule_gives_slots_to_requests_in_turn() -> None:
     plan = scheduler.schedule()
     assert plan is not None
     assert {job.ticket for job in plan.jobs} == {crowd, single}
+
+
+def test_schedule_admits_by_priority_and_within_one_by_arrival() -> None:
+    scheduler = Scheduler(["a"], max_rows=2)
+    running = ticket(steps=1, num_images=1)
+    scheduler.add(running)
+    run(scheduler)
+    waiting = {
+        (priority, at): ticket(steps=1, priority=priority, at=at)
+        for at, priority in enumerate([*reversed(PRIORITIES), *PRIORITIES])
+    }
+    for one in waiting.values():
+        scheduler.add(one)
+    names = {one: key for key, one in waiting.items()}
+    order = [names[plan.jobs[0].ticket] for plan in iter(lambda: run(scheduler), None)]
+    assert order == [("high", 2), ("high", 3), ("normal", 1), ("normal", 4), ("low", 0), ("low", 5)]
+
+
+def test_schedule_a_high_crowd_takes_slots_before_a_normal_one_and_leaves_it_the_rest() -> None:
+    scheduler = Scheduler(["a"], max_rows=6)
+    normal, high = ticket(num_images=4), ticket(num_images=2, priority="high", at=1.0)
+    scheduler.add(normal)
+    scheduler.add(high)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [job.ticket for job in plan.jobs] == [high, high, normal]
+
+
+@pytest.mark.parametrize(("priority", "bound_s"), [("low", 20.0), ("normal", 10.0)])
+def test_schedule_an_endless_stream_of_high_requests_starves_nobody(
+    priority: Priority, bound_s: float
+) -> None:
+    """Twice as many high requests as the lane can take: the other one still waits no longer than it ages."""
+    scheduler = Scheduler(["a"], max_rows=2, aging_s=10.0)
+    patient = ticket(steps=1, priority=priority, at=5.0)
+    backlog = 0
+    for second in range(200):
+        if second == 5:
+            scheduler.add(patient)
+            backlog = scheduler.num_waiting - 1
+        scheduler.add(ticket(steps=1, priority="high", at=float(second)))
+        scheduler.add(ticket(steps=1, priority="high", at=float(second)))
+        plan = run(scheduler)
+        assert plan is not None
+        if plan.jobs[0].ticket is patient:
+            # Whoever was there before it, or came while it aged, has gone first, two a second; nobody else.
+            overtaking = backlog + 2 * (bound_s + 1)
+            assert bound_s <= second - 5 <= overtaking
+            break
+    else:
+        pytest.fail("starved")
+
+
+def test_schedule_priorities_do_not_change_the_turns_of_the_lanes() -> None:
+    scheduler = Scheduler(["a", "b"], max_rows=2)
+    scheduler.add(ticket("a", steps=100, priority="low"))
+    scheduler.add(ticket("b", steps=100, priority="high"))
+    lanes = [plan.lane for plan in (run(scheduler) for _ in range(20)) if plan]
+    assert lanes.count("a") == 10
 
 
 def test_schedule_joins_new_images_at_the_next_step() -> None:
@@ -152,7 +220,7 @@ def test_random_traffic_leaks_no_slot_and_finishes_every_request(seed: int) -> N
     scheduler = Scheduler(["a", "b"], max_rows=6)
     tickets: list[Ticket] = []
     dropped: set[Ticket] = set()
-    for _ in range(120):
+    for step in range(120):
         if rng.random() < 0.4:
             tickets.append(
                 ticket(
@@ -160,6 +228,8 @@ def test_random_traffic_leaks_no_slot_and_finishes_every_request(seed: int) -> N
                     num_images=rng.randint(1, 5),
                     guided=rng.random() < 0.6,
                     steps=rng.randint(1, 5),
+                    priority=rng.choice(PRIORITIES),
+                    at=float(step),
                 )
             )
             scheduler.add(tickets[-1])
