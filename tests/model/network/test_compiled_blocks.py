@@ -46,6 +46,7 @@ def _inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return latents, torch.arange(rows) * 7.5, torch.arange(rows) % 6
 
 
+@pytest.mark.slow
 def test_blocks_compile_once_a_kind_and_shape_of_batch(network: LaMambaDiff) -> None:
     sizes = (24, 20, 6, 2)
     with torch.inference_mode():

@@ -116,6 +116,7 @@ LOADS = {
     "many_rows": {"FILLING_PROGRAMS": 1},  # wide tiles, one walk of each path
     "chunks": {"CHUNK_TILES": 1},  # paths are cut as soon as they have two tiles
 }
+CUT_CASES = ("seven_tokens", "not_square", "channels_off_the_block", "es2d", "two_directions")
 INTERPRETER_TOLERANCE = 2e-6  # fp32 with numpy's exp: measured 5e-7 at most
 
 
@@ -190,7 +191,8 @@ def assert_matches_reference(
         pytest.param(case, load, id=f"{name}-{load_name}")
         for name, case in CASES.items()
         for load_name, load in LOADS.items()
-        if case.d_state == 1 or not load  # several states have one way to be cut
+        # Several states have one way to be cut; the other ways are the same to most cases, and take seconds.
+        if not load or (case.d_state == 1 and name in CUT_CASES)
     ],
 )
 def test_selective_scan_matches_reference(
