@@ -116,7 +116,7 @@ LOADS = {
     "many_rows": {"FILLING_PROGRAMS": 1},  # wide tiles, one walk of each path
     "chunks": {"CHUNK_TILES": 1},  # paths are cut as soon as they have two tiles
 }
-CUT_CASES = ("seven_tokens", "not_square", "channels_off_the_block", "es2d", "two_directions")
+CUT_CASES = ("seven_tokens", "not_square", "channels_off_the_block")
 INTERPRETER_TOLERANCE = 2e-6  # fp32 with numpy's exp: measured 5e-7 at most
 
 
