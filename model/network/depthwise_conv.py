@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from model.network import depthwise_conv_kernels as kernels
+from model.network.triton_jit import check_dtypes
 
-INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COLUMNS = 4  # of a strip
 NUM_WARPS = 4
 TILE = NUM_WARPS * 32 * 4  # strips times channels of a program; 4 channels a thread
@@ -180,9 +180,7 @@ def conv3x3_silu(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Raises ValueError for a dtype that the kernels do not read.
     """
-    for name, tensor in (("u", u), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in INPUT_DTYPES:
-            raise ValueError(f"{name}: {tensor.dtype} given; float32, bfloat16 or float16 is accepted")
+    check_dtypes(u=u, weight=weight, bias=bias)
     inputs = (u, weight) if bias is None else (u, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _Conv3x3SiLU.apply(u, weight, bias)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.network import fused_norms_kernels as kernels
+from model.network.triton_jit import check_dtypes
 
-INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 VECTOR = 8  # channels of a tile that a thread has: 16 bytes of the half precisions
 # Two programs of four warps on each of an H100's 132 multiprocessors; with fewer tokens, more programs of
@@ -180,7 +180,7 @@ def residual_norm(
 
     Raises ValueError for a dtype that the kernels do not read.
     """
-    _check_dtypes(x=x, branch=branch, gate=gate, weight=weight, bias=bias, shift=shift, scale=scale)
+    check_dtypes(x=x, branch=branch, gate=gate, weight=weight, bias=bias, shift=shift, scale=scale)
     total, out = _residual_norm(x, branch, gate, weight, bias, shift, scale, eps)
     return x if branch is None else total, out
 
@@ -195,7 +195,7 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -
 
     Raises ValueError for a dtype that the kernels do not read.
     """
-    _check_dtypes(y=y, z=z, weight=weight, bias=bias)
+    check_dtypes(y=y, z=z, weight=weight, bias=bias)
     return _gated_norm(y, z, weight, bias, eps)
 
 
@@ -204,7 +204,7 @@ def merged_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, factor: 
 
     Raises ValueError for a dtype that the kernels do not read.
     """
-    _check_dtypes(x=x, weight=weight, bias=bias)
+    check_dtypes(x=x, weight=weight, bias=bias)
     return _resampled_norm(x, weight, bias, eps, factor, True)
 
 
@@ -214,7 +214,7 @@ def expanded_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, factor
 
     Raises ValueError for a dtype that the kernels do not read.
     """
-    _check_dtypes(x=x, weight=weight, bias=bias)
+    check_dtypes(x=x, weight=weight, bias=bias)
     return _resampled_norm(x, weight, bias, eps, factor, False)
 
 
@@ -228,9 +228,3 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         return out.unflatten(0, x.shape[:-1])
     return F.gelu(F.linear(x, weight, bias))
-
-
-def _check_dtypes(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in INPUT_DTYPES:
-            raise ValueError(f"{name}: {tensor.dtype} given; float32, bfloat16 or float16 is accepted")

@@ -1,5 +1,7 @@
-"""Triton where it is installed. A torch for CPUs comes without it: kernels are then plain functions that
-nobody calls (`scan.triton_scan.is_available` says so), in modules that can be imported all the same.
+"""Triton where it is installed, and the dtypes that kernels read.
+
+A torch for CPUs comes without Triton: kernels are then plain functions that nobody calls
+(`scan.triton_scan.is_available` says so), in modules that can be imported all the same.
 """
 
 from __future__ import annotations
@@ -8,7 +10,12 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["jit", "tl"]
+import torch
+from torch import Tensor
+
+__all__ = ["check_dtypes", "jit", "tl"]
+
+_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 tl: Any
 """`triton.language`."""
@@ -25,3 +32,10 @@ else:
     def jit(function: Callable[..., Any], **options: Any) -> Any:
         """Leaves a kernel as it is."""
         return function
+
+
+def check_dtypes(**tensors: Tensor | None) -> None:
+    """Raise ValueError, naming the tensor, for a dtype that no kernel reads; None is not there."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in _INPUT_DTYPES:
+            raise ValueError(f"{name}: {tensor.dtype} given; float32, bfloat16 or float16 is accepted")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from model.network import window_attention_kernels as kernels
+from model.network.triton_jit import check_dtypes
 
-INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A window is one tile of logits, held in registers four times over (logits, their gradient, the bias, its
 # gradient): 64 x 64 is what they hold. Larger windows (16 x 16, global attention) are left to torch.
 MAX_TOKENS = 64
@@ -171,9 +171,7 @@ def window_attention(
 
     Raises ValueError for a dtype that the kernels do not read.
     """
-    for name, tensor in (("qkv", qkv), ("table", table)):
-        if tensor.dtype not in INPUT_DTYPES:
-            raise ValueError(f"{name}: {tensor.dtype} given; float32, bfloat16 or float16 is accepted")
+    check_dtypes(qkv=qkv, table=table)
     if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
         return _WindowAttention.apply(qkv, table, window, shift)
     return _forward(qkv, table, window, shift)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from model.network.scan import triton_kernels
+from model.network.triton_jit import check_dtypes
 
-INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Programs of one warp that fill an H100: 8 on each of 132 multiprocessors, by their registers.
 FILLING_PROGRAMS = 8 * 132
 # With so few programs (or fewer), cutting paths pays for the half as much work that it adds.
@@ -50,7 +50,7 @@ class _Tile:
     vector: int
 
     @classmethod
-    def of(cls, num_rows: int, path_length: int, d_inner: int, d_state: int, rank: int) -> _Tile:
+    def of(cls, num_rows: int, d_inner: int, d_state: int, rank: int) -> _Tile:
         """The forward's. `num_rows`: batch rows times directions.
 
         The dot product wants 16 steps at least. One warp gives each thread whole columns of its tile
@@ -95,7 +95,7 @@ class _Grid:
         if backward:
             tile = _Tile.of_backward(num_rows, path_length, d_inner, d_state)
         else:
-            tile = _Tile.of(num_rows, path_length, d_inner, d_state, dt.shape[3])
+            tile = _Tile.of(num_rows, d_inner, d_state, dt.shape[3])
         num_blocks, num_tiles = -(-d_inner // tile.block_c), -(-path_length // tile.steps)
         chunks = 1
         if not backward and d_state == 1 and num_rows * num_blocks <= FEW_PROGRAMS:
@@ -360,10 +360,7 @@ def selective_scan(
 
     Raises ValueError for an input dtype that the kernels do not read, and for more tokens than they count.
     """
-    named = {"u": u, "dt": dt, "A_log": A_log, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
-    for name, tensor in named.items():
-        if tensor.dtype not in INPUT_DTYPES:
-            raise ValueError(f"{name}: {tensor.dtype} given; float32, bfloat16 or float16 is accepted")
+    check_dtypes(u=u, dt=dt, A_log=A_log, B=B, C=C, D=D, delta_bias=delta_bias)
     widest = max(A_log.shape[0] * A_log.shape[1], *(tensor.stride(1) for tensor in (u, dt, B, C)))
     if u.shape[1] * widest >= 2**31:
         raise ValueError(
