@@ -24,6 +24,7 @@ from model.network.depthwise_conv import conv3x3_silu
 from model.network.geometry import GridGeometry
 from model.network.scan import resolve_scan_backend
 from model.network.vssm import VisualStateSpace
+from tests.kernel_cases import parametrize_cases, parametrize_dtypes, relative_rms
 from tests.triton_interpreter import interpret_kernels
 
 if find_spec("triton") is None:
@@ -89,14 +90,6 @@ GPU_CASES = {
 }
 
 
-def _cases(cases: dict[str, Case]) -> Any:
-    return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
-
-
-def _dtypes(*dtypes: torch.dtype) -> Any:
-    return pytest.mark.parametrize("dtype", dtypes, ids=str)
-
-
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     interpret_kernels(depthwise_conv_kernels, monkeypatch)
@@ -108,13 +101,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 def reference(u: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     out = F.conv2d(u.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))
     return F.silu(out).permute(0, 2, 3, 1)
-
-
-def relative_rms(value: Tensor, expected: Tensor) -> float:
-    """The error's norm over the expected norm."""
-    value, expected = value.detach(), expected.detach()
-    assert value.shape == expected.shape
-    return float((value.double() - expected).norm() / expected.norm())
 
 
 def assert_matches_reference(
@@ -150,13 +136,13 @@ def assert_matches_reference(
 
 
 @pytest.mark.usefixtures("interpreted")
-@_cases(CASES)
+@parametrize_cases(CASES)
 def test_convolution_matches_reference(case: Case) -> None:
     assert_matches_reference(case, "cpu", torch.float32)
 
 
 @pytest.mark.usefixtures("interpreted")
-@_dtypes(torch.bfloat16, torch.float16)
+@parametrize_dtypes(torch.bfloat16, torch.float16)
 def test_convolution_reads_short_dtypes(dtype: torch.dtype) -> None:
     assert_matches_reference(CASES["odd"], "cpu", dtype)
 
@@ -244,7 +230,7 @@ def test_state_space_module_with_kernels_equals_torchs(bias: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@_cases(GPU_CASES)
+@parametrize_cases(GPU_CASES)
 def test_convolution_matches_reference_on_cuda(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(case, "cuda", dtype)
 

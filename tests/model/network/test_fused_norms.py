@@ -26,6 +26,7 @@ from model.network.lamamba import LaMambaDiff
 from model.network.resample import PatchExpanding, PatchMerging
 from model.network.residual import Residual, ResidualNorm
 from model.network.scan import ScanBackend, vectorized
+from tests.kernel_cases import parametrize_cases, parametrize_dtypes, relative_rms
 from tests.triton_interpreter import interpret_kernels
 
 if find_spec("triton") is None:
@@ -77,14 +78,6 @@ GPU_CASES = CASES | {
 }
 
 
-def _cases(cases: dict[str, Case]) -> Any:
-    return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
-
-
-def _dtypes(*dtypes: torch.dtype) -> Any:
-    return pytest.mark.parametrize("dtype", dtypes, ids=str)
-
-
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     interpret_kernels(fused_norms_kernels, monkeypatch)
@@ -92,13 +85,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def random(*shape: int, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-def relative_rms(value: Tensor, expected: Tensor) -> float:
-    """The error's norm over the expected norm."""
-    expected = expected.detach()
-    assert value.shape == expected.shape
-    return float((value.double() - expected).norm() / expected.norm())
 
 
 def poisoned(function: Callable[[], Any]) -> Any:
@@ -169,13 +155,13 @@ def assert_resampled_norm(module: Any, x: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-@_cases(CASES)
+@parametrize_cases(CASES)
 def test_residual_norm_matches_reference(case: Case) -> None:
     assert_residual_norm(case, "cpu", torch.float32)
 
 
 @pytest.mark.usefixtures("interpreted")
-@_dtypes(torch.bfloat16, torch.float16)
+@parametrize_dtypes(torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("name", ["width_20", "stage_1", "neither"])
 def test_residual_norm_reads_short_dtypes(name: str, dtype: torch.dtype) -> None:
     assert_residual_norm(CASES[name], "cpu", dtype)
@@ -341,8 +327,8 @@ def test_training_does_not_depend_on_who_runs_inference(network: LaMambaDiff) ->
 
 @pytest.mark.gpu
 @cuda
-@_dtypes(*TOLERANCE)
-@_cases(GPU_CASES)
+@parametrize_dtypes(*TOLERANCE)
+@parametrize_cases(GPU_CASES)
 def test_residual_norm_matches_reference_on_cuda(case: Case, dtype: torch.dtype) -> None:
     assert_residual_norm(case, "cuda", dtype)
 
@@ -350,7 +336,7 @@ def test_residual_norm_matches_reference_on_cuda(case: Case, dtype: torch.dtype)
 @pytest.mark.gpu
 @cuda
 @pytest.mark.parametrize("y_dtype", [None, torch.float32], ids=["like_z", "fp32"])
-@_dtypes(*TOLERANCE)
+@parametrize_dtypes(*TOLERANCE)
 @pytest.mark.parametrize("batch", [1, 2, 128])
 @pytest.mark.parametrize(("width", "side"), [(640, 32), (1280, 16), (2560, 8), (40, 5), (7, 3)])
 def test_gated_norm_matches_reference_on_cuda(
@@ -361,7 +347,7 @@ def test_gated_norm_matches_reference_on_cuda(
 
 @pytest.mark.gpu
 @cuda
-@_dtypes(*TOLERANCE)
+@parametrize_dtypes(*TOLERANCE)
 @pytest.mark.parametrize("batch", [1, 128])
 @pytest.mark.parametrize(("width", "side"), [(320, 32), (640, 16), (1280, 8), (5, 6)])
 def test_resampled_norms_match_reference_on_cuda(
@@ -376,7 +362,7 @@ def test_resampled_norms_match_reference_on_cuda(
 
 @pytest.mark.gpu
 @cuda
-@_dtypes(torch.bfloat16, torch.float16)
+@parametrize_dtypes(torch.bfloat16, torch.float16)
 @pytest.mark.parametrize(("width", "side"), [(320, 32), (1280, 8)])
 def test_gelu_in_the_products_epilogue_is_gelu(width: int, side: int, dtype: torch.dtype) -> None:
     """To the tanh form's 5e-4 of results of size 1, and the result's one rounding."""

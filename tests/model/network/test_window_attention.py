@@ -29,6 +29,7 @@ from model.network.geometry import GridGeometry
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import ScanBackend, vectorized
 from model.network.vssm import VisualStateSpace
+from tests.kernel_cases import parametrize_cases, parametrize_dtypes, relative_rms
 from tests.triton_interpreter import interpret_kernels
 
 if find_spec("triton") is None:
@@ -109,24 +110,9 @@ GPU_CASES = {
 }
 
 
-def _cases(cases: dict[str, Case]) -> Any:
-    return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
-
-
-def _dtypes(*dtypes: torch.dtype) -> Any:
-    return pytest.mark.parametrize("dtype", dtypes, ids=str)
-
-
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     interpret_kernels(window_attention_kernels, monkeypatch)
-
-
-def relative_rms(value: Tensor, expected: Tensor) -> float:
-    """The error's norm over the expected norm."""
-    value, expected = value.detach(), expected.detach()
-    assert value.shape == expected.shape
-    return float((value.double() - expected).norm() / expected.norm())
 
 
 def assert_matches_reference(
@@ -170,13 +156,13 @@ def assert_matches_reference(
 
 
 @pytest.mark.usefixtures("interpreted")
-@_cases(CASES)
+@parametrize_cases(CASES)
 def test_window_attention_matches_reference(case: Case) -> None:
     assert_matches_reference(case, "cpu", torch.float32, INTERPRETER_TOLERANCE[torch.float32])
 
 
 @pytest.mark.usefixtures("interpreted")
-@_dtypes(torch.bfloat16, torch.float16)
+@parametrize_dtypes(torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("name", ["shifted", "one_window"])
 def test_window_attention_reads_short_dtypes(name: str, dtype: torch.dtype) -> None:
     assert_matches_reference(CASES[name], "cpu", dtype, INTERPRETER_TOLERANCE[dtype])
@@ -279,7 +265,7 @@ def test_network_with_kernels_equals_the_network_with_torchs_operations(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@_cases(GPU_CASES)
+@parametrize_cases(GPU_CASES)
 def test_window_attention_matches_reference_on_cuda(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(case, "cuda", dtype, TOLERANCE[dtype])
 
