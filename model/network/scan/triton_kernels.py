@@ -143,6 +143,15 @@ def _delta(  # type: ignore[no-untyped-def]  # kernel
 
 
 @jit
+def _pair(ptrs, mask):  # type: ignore[no-untyped-def]  # kernel
+    """Numbers of 16 bits and their right neighbours in fp32, by one load of both."""
+    pair = tl.load(ptrs.to(tl.pointer_type(tl.int32)), mask=mask, other=0)
+    left = pair.to(tl.int16).to(ptrs.dtype.element_ty, bitcast=True)
+    right = (pair >> 16).to(tl.int16).to(ptrs.dtype.element_ty, bitcast=True)
+    return left.to(tl.float32), right.to(tl.float32)
+
+
+@jit
 def _row(x, i):  # type: ignore[no-untyped-def]  # kernel
     """Row `i` of the tile `x`."""
     rows = tl.arange(0, x.shape[0])
@@ -215,6 +224,7 @@ def selective_scan_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     BLOCK_C: tl.constexpr,
     VECTOR: tl.constexpr,
     LANES_ARE_CHANNELS: tl.constexpr,
+    PAIRED: tl.constexpr,  # C's numbers are the right neighbours of B's: see `_pair`
     EVEN: tl.constexpr,  # tiles end with the path, and blocks with the channels
     CHUNKS: tl.constexpr,
     ENDS_ONLY: tl.constexpr,
@@ -295,8 +305,12 @@ def selective_scan_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         drive = dt * u
         y = D[None, :] * u
         for n in range(D_STATE):
-            B = tl.load(B_ptr + token * B_TOKEN + n * B_state, mask=in_path, other=0.0)
-            B = B.to(tl.float32) * 0.6931471805599453
+            B_ptrs = B_ptr + token * B_TOKEN + n * B_state
+            if PAIRED:
+                B, C = _pair(B_ptrs, in_path)
+            else:
+                B = tl.load(B_ptrs, mask=in_path, other=0.0).to(tl.float32)
+            B *= 0.6931471805599453
             start = _state(states, n, D_STATE)
             if SAVE_STATES and D_STATE > 1:
                 lane = tl.arange(0, BLOCK_C)
@@ -308,8 +322,10 @@ def selective_scan_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
             if ENDS_ONLY:
                 decay *= _row(along, STEPS - 1)
             else:
-                C = tl.load(C_ptr + token * C_TOKEN + n * C_state, mask=in_path, other=0.0)
-                y += C.to(tl.float32)[:, None] * h
+                if not PAIRED:
+                    C_ptrs = C_ptr + token * C_TOKEN + n * C_state
+                    C = tl.load(C_ptrs, mask=in_path, other=0.0).to(tl.float32)
+                y += C[:, None] * h
             if SAVE_STATES and D_STATE == 1:
                 h_offsets = step[:, None] * d_inner + channel[None, :]
                 tl.store(states_ptr + h_offsets, h.to(states_ptr.dtype.element_ty), mask=mask)

@@ -143,6 +143,17 @@ class _Grid:
         }
 
 
+def _are_pairs(B: Tensor, C: Tensor) -> bool:
+    """Whether each number of B and the one of C at the same place share an aligned word of 32 bits."""
+    return (
+        B.element_size() == 2
+        and C.data_ptr() == B.data_ptr() + 2
+        and B.data_ptr() % 4 == 0
+        and B.stride() == C.stride()
+        and all(stride % 2 == 0 for stride in B.stride()[:3])
+    )
+
+
 def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -181,6 +192,8 @@ def _forward(
     long = path_length >= 1024
     options = grid.options(u, dt, B, C, d_state) | {
         "Y_TOKEN": y.stride(1),
+        # Such loads are made ahead like the others, but wait for the path: that pays where tiles are wide.
+        "PAIRED": grid.tile.block_c == 128 and _are_pairs(B, C),
         "EVEN": path_length % (grid.chunks * grid.tile.steps) == 0 and d_inner % grid.tile.block_c == 0,
         "CHUNKS": grid.chunks,
         "STAGES": 1 if d_state > 1 else 3 if long else 2,
