@@ -84,5 +84,5 @@ def fake_pipeline(
         weights_hash="0123456789ab",
         device=torch.device("cpu"),
         dtype=torch.float32,
-        preview_map=PreviewMap(weight=torch.eye(3, CHANNELS) / 2, bias=torch.zeros(3)),
+        preview_map=PreviewMap(weight=torch.eye(3, CHANNELS) / 100, bias=torch.zeros(3)),
     )
