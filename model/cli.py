@@ -1,5 +1,6 @@
-"""The commands of `model/`: train, sample, evaluate, convert, info and bench. `lamamba` itself adds serve.
+"""The commands of `model/`: train, sample, evaluate, convert, fit-previews, info and bench.
 
+`lamamba` itself adds serve.
 `python -m model.cli` runs them where the service's packages are not installed.
 Commands import what they need when they run, so that `--help` and mistakes in arguments answer at once.
 """
@@ -107,6 +108,28 @@ def convert(
     typer.echo(f"{target}: {report.num_parameters:,} parameters from {report.weights!r}")
     for part in report.missing:
         typer.echo(f"{part}/ is missing: give --{part}, or copy one there before serving", err=True)
+
+
+@app.command("fit-previews", epilog="Example:  lamamba fit-previews models/xl --num 64")
+def fit_previews(
+    folder: Annotated[Path, typer.Argument(help="The model folder, which gets a preview.json.")],
+    num: Annotated[int, typer.Option(help="Images that are made to fit the map to.")] = 42,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default CUDA if there.")] = None,
+) -> None:
+    """Fit the map that shows unfinished images of a model while it denoises."""
+    with usage_errors():
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such model folder")
+        from model.cpu_rows import prepare_process
+        from model.cpu_threads import available_cpu_threads
+        from model.pipeline import LaMambaPipeline
+        from model.preview import PREVIEW_FILE, fit_model_previews, write_preview_map
+
+        prepare_process()
+        pipeline = LaMambaPipeline.load(folder, device=device, num_row_threads=available_cpu_threads())
+        preview_map, explained = fit_model_previews(pipeline, num_images=num)
+        write_preview_map(folder, preview_map)
+    typer.echo(f"{folder / PREVIEW_FILE}: explains {explained:.1%} of the variance of {num} images")
 
 
 @app.command(

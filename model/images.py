@@ -26,6 +26,7 @@ __all__ = [
     "MEDIA_TYPES",
     "ImageFormat",
     "encode_image",
+    "encode_preview",
     "image_grid",
     "image_metadata",
     "read_metadata",
@@ -90,6 +91,12 @@ def encode_image(
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format=format, **options)
     return buffer.getvalue()
+
+
+def encode_preview(pixels: NDArray[np.uint8], side: int, format: ImageFormat, quality: int) -> bytes:
+    """Encode a preview, (h, w, 3) uint8, smoothly enlarged to `side` pixels, without metadata."""
+    picture = Image.fromarray(np.ascontiguousarray(pixels)).resize((side, side), Image.Resampling.BICUBIC)
+    return encode_image(np.asarray(picture), format, quality, {})
 
 
 def read_metadata(encoded: bytes) -> dict[str, str]:

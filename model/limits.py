@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["DEFAULT_STEPS", "GUIDANCE_SCALE_RANGE", "MAX_IMAGE_INDEX", "MAX_SEED"]
+__all__ = ["DEFAULT_STEPS", "GUIDANCE_SCALE_RANGE", "MAX_IMAGE_INDEX", "MAX_PREVIEWS", "MAX_SEED"]
 
 GUIDANCE_SCALE_RANGE: Final = (1.0, 20.0)
 """Least (no guidance) and greatest scale."""
@@ -19,3 +19,5 @@ DEFAULT_STEPS: Final[Mapping[str, int]] = {"ddpm": 250, "ddim": 50, "dpm++": 20}
 
 MAX_SEED: Final = 2**63 - 1
 MAX_IMAGE_INDEX: Final = 2**31 - 1
+MAX_PREVIEWS: Final = 50
+"""Previews of each image of a request."""

@@ -7,6 +7,7 @@ imported:
     transformer/       LaMambaDiff
     vae/               AutoencoderKL
     scheduler/         the configuration of a DPMSolverMultistepScheduler, for diffusers alone
+    preview.json       the map of `model.preview`, for pictures of unfinished images; may be missing
 
 What cannot be read or does not fit is a ValueError of one line that names the folder and the cause.
 """

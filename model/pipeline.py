@@ -34,6 +34,7 @@ from model.model_folder import (
 from model.network.compiled_blocks import with_compiled_blocks
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
+from model.preview import PreviewMap, read_preview_map
 
 __all__ = ["LaMambaPipeline"]
 
@@ -59,6 +60,8 @@ class LaMambaPipeline:
     """What shares the rows of a step; None runs them in one call."""
     step_function: StepFunction | None = None
     """`denoise_step` of the network as this device runs it fastest; None is the plain one."""
+    preview_map: PreviewMap | None = None
+    """What makes pictures of unfinished images; None: the model's folder has none."""
 
     @classmethod
     def load(
@@ -102,6 +105,7 @@ class LaMambaPipeline:
             )
         index.check_guidance_channels(network.architecture.in_channels)
         labels = index.labels(network.architecture.num_classes)
+        preview_map = read_preview_map(path, latent_channels=autoencoder.latent_channels)
         network = moved_network(network, device=device, dtype=dtype).eval().requires_grad_(False)
         network.use_scan_backend(backend)
         step: StepFunction | None = None
@@ -130,6 +134,7 @@ class LaMambaPipeline:
             dtype=dtype,
             row_threads=RowThreads(num_row_threads) if device.type == "cpu" and num_row_threads > 1 else None,
             step_function=step,
+            preview_map=None if preview_map is None else preview_map.to(device),
         )
 
     def denoise_step(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
@@ -164,6 +169,11 @@ class LaMambaPipeline:
     def scan_backend(self) -> str:
         return self.network.scan_backend
 
+    @property
+    def has_previews(self) -> bool:
+        """Whether the model's folder has a preview map."""
+        return self.preview_map is not None
+
     def class_index(self, class_id: int | str) -> int:
         """The label of a class given by number or by name (case and surrounding space do not matter).
 
@@ -188,6 +198,16 @@ class LaMambaPipeline:
         # On a CPU a batch takes the time of its images one by one, and a multiple of their memory.
         parts = latents.split(1) if self.device.type == "cpu" else (latents,)
         return to_pixels(torch.cat([self.autoencoder.decode(part) for part in parts])).cpu()
+
+    @torch.inference_mode()
+    def preview(self, latents: Tensor) -> Tensor:
+        """Latents `(n, C, h, w)` fp32 to rough pictures `(n, h, w, 3)` uint8 on the CPU.
+
+        Raises ValueError for a model without a preview map.
+        """
+        if self.preview_map is None:
+            raise ValueError(f"{self.name}: no preview map; `lamamba fit-previews` makes one")
+        return self.preview_map(latents).cpu()
 
     @torch.inference_mode()
     def generate(
@@ -217,6 +237,34 @@ class LaMambaPipeline:
 
         Raises ValueError, before any work, for labels that the model does not have.
         """
+        latents = self.sample_latents(
+            class_labels,
+            seeds=seeds,
+            image_indices=image_indices,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            sampler=sampler,
+            eta=eta,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return torch.cat([self.decode(part) for part in latents.split(batch_size)])
+
+    @torch.inference_mode()
+    def sample_latents(
+        self,
+        class_labels: Sequence[int],
+        *,
+        seeds: Sequence[int],
+        image_indices: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int = 20,
+        sampler: str = "dpm++",
+        eta: float = 0.0,
+        batch_size: int = 16,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Latents `(n, C, h, w)` fp32 of the images that `generate` makes of the same arguments."""
         labels = self._checked_labels(class_labels)
         indices = list(image_indices) if image_indices is not None else [0] * len(labels)
         for field, given in (("seeds", seeds), ("image_indices", indices)):
@@ -225,14 +273,13 @@ class LaMambaPipeline:
         if guidance_scale is None:
             guidance_scale = self.default_guidance_scale if self.num_classes else 1.0
         table = sampler_table(sampler, num_inference_steps, self.schedule, eta=eta)
-        pixels = []
-        for start in range(0, len(labels), batch_size):
-            part = slice(start, start + batch_size)
-            latents = self._denoise(
-                labels[part], list(seeds[part]), indices[part], guidance_scale, table, progress
-            )
-            pixels.append(self.decode(latents))
-        return torch.cat(pixels)
+        parts = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
+        return torch.cat(
+            [
+                self._denoise(labels[part], list(seeds[part]), indices[part], guidance_scale, table, progress)
+                for part in parts
+            ]
+        )
 
     def _checked_labels(self, class_labels: Sequence[int]) -> list[int]:
         # On CUDA a label out of range fails inside a kernel, after which the process cannot use the device.

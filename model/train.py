@@ -46,6 +46,7 @@ from model.model_folder import load_network, local_folder, save_model_folder, wr
 from model.network.compiled_blocks import with_compiled_blocks
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
+from model.preview import fit_preview_map, write_preview_map
 from model.progress import progress_display
 from model.stop_request import StopRequest
 from model.train_config import TrainConfig
@@ -57,6 +58,7 @@ logger = logging.getLogger(__name__)
 # Pixels encoded at a time: 256 images of 256 px, about 6 GB of activations in bf16.
 _ENCODING_PIXELS = 2**24
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that seeds and image counts never meet in one generator seed
+_PREVIEW_VIEWS = 64  # that the preview map is fitted to: 16,384 latent pixels at 128 px, for 15 unknowns
 _SCALING_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
@@ -193,6 +195,8 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
         name=config.name,
         gpu_dtype=config.gpu_dtype,
     )
+    latents = data.autoencoder.latents(data.moments[:_PREVIEW_VIEWS])  # (n, C, h, w)
+    write_preview_map(folder, fit_preview_map(latents, data.autoencoder.decode(latents))[0])
     logger.info("exported %s after %d images", folder, trainer.images_seen)
     return folder
 

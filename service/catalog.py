@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from model.diffusion.samplers import SAMPLERS
 from model.images import IMAGE_FORMATS
-from model.limits import DEFAULT_STEPS, GUIDANCE_SCALE_RANGE, MAX_IMAGE_INDEX, MAX_SEED
+from model.limits import DEFAULT_STEPS, GUIDANCE_SCALE_RANGE, MAX_IMAGE_INDEX, MAX_PREVIEWS, MAX_SEED
 from service.engine.request import PRIORITIES, GenerationRequest
 from service.errors import InvalidField, NotFound, shown
 
@@ -63,6 +63,11 @@ class ServedModel:
         """cfg_scale of a request that gives none."""
         return self.pipeline.default_guidance_scale if self.conditional else 1.0
 
+    @property
+    def max_previews(self) -> int:
+        """Most previews of an image: none without a preview map."""
+        return MAX_PREVIEWS if self.pipeline.has_previews else 0
+
     def accepted(self) -> dict[str, str]:
         """What each field of a request may be, in words for messages."""
         low, high = self.cfg_range
@@ -79,6 +84,9 @@ class ServedModel:
             "format": _alternatives(IMAGE_FORMATS),
             "quality": "1 to 100",
             "priority": _alternatives(PRIORITIES),
+            "previews": f"0 to {MAX_PREVIEWS}"
+            if self.max_previews
+            else "0, for it has no preview map, which `lamamba fit-previews FOLDER` makes",
             "timeout_s": f"above 0 and up to {self.max_timeout_s:g} seconds",
         }
 
@@ -108,6 +116,7 @@ class ServedModel:
                 "seed": {"minimum": 0, "maximum": MAX_SEED},
                 "samplers": list(SAMPLERS),
                 "formats": list(IMAGE_FORMATS),
+                "previews": {"minimum": 0, "maximum": self.max_previews, "default": 0},
                 "priorities": list(PRIORITIES),
                 "timeout_s": {"maximum": self.max_timeout_s, "default": self.default_timeout_s},
             },
@@ -180,6 +189,7 @@ class Catalog:
         _check_range(model, "num_images", body.num_images, 1, model.max_images_per_request)
         _check_range(model, "steps", steps, 1, model.max_steps)
         _check_range(model, "cfg_scale", cfg_scale, *model.cfg_range)
+        _check_range(model, "previews", body.previews, 0, model.max_previews)
         if timeout_s is not None and not 0 < timeout_s <= model.max_timeout_s:
             raise InvalidField("timeout_s", timeout_s, model.accepted()["timeout_s"])
         return GenerationRequest(
@@ -194,6 +204,7 @@ class Catalog:
             num_images=body.num_images,
             priority=body.priority,
             timeout_s=timeout_s,
+            num_previews=body.previews,
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.diffusion.schedule import NoiseSchedule
 from model.pipeline import LaMambaPipeline
+from model.preview import PreviewMap
 
 LABELS = ("forest", "kitchen", "venice square", "bathroom", "garden")
 LATENT_SIDE = 4
@@ -83,4 +84,5 @@ def fake_pipeline(
         weights_hash="0123456789ab",
         device=torch.device("cpu"),
         dtype=torch.float32,
+        preview_map=PreviewMap(weight=torch.eye(3, CHANNELS) / 100, bias=torch.zeros(3)),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
@@ -13,9 +13,22 @@ from fastapi import APIRouter, Request, Response
 from model.images import MEDIA_TYPES
 from service.api.answering import CLIENT_CLOSED_REQUEST, ERROR_STATUSES, Answer, attended
 from service.api.deps import ReadyRuntime, RequestId
+from service.api.events import (
+    EventStream,
+    EventWatcher,
+    Finished,
+    PreviewImage,
+    Progress,
+    Queued,
+    event,
+    updates,
+)
 from service.api.negotiate import Representation, negotiate
-from service.api.responses import AsciiJSONResponse
+from service.api.responses import AsciiJSONResponse, error_body
 from service.api.schemas import ErrorBody, GenerateRequest, GenerateResponse
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 __all__ = ["router"]
 
@@ -31,19 +44,24 @@ _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for sta
     responses=_ERRORS
     | {
         200: {
-            "content": {media_type: {} for media_type in MEDIA_TYPES.values()},
-            "description": "The images.",
+            "content": {media_type: {} for media_type in (*MEDIA_TYPES.values(), "text/event-stream")},
+            "description": "The images, or events: `queued`, `progress`, `preview`, then `result` with the "
+            "JSON or `error`.",
         }
     },
 )
 async def generate(
     body: GenerateRequest, request: Request, runtime: ReadyRuntime, request_id: RequestId
 ) -> Response:
-    """Generate images: bytes if `Accept` names an image type and there is one image, else JSON in base64."""
+    """Generate images: bytes if `Accept` names an image type and there is one image, else JSON in base64.
+
+    With `Accept: text/event-stream` events tell of the way there, and the last holds the JSON, or the error.
+    """
     started = time.monotonic()
     representation = negotiate(request.headers.get("accept", ""), body)
     engine = runtime.engine
-    ticket = engine.submit(runtime.catalog.resolve(body, request_id))
+    watcher = EventWatcher() if representation.as_events else None
+    ticket = engine.submit(runtime.catalog.resolve(body, request_id), watcher)
     answer = Answer(
         runtime=runtime,
         ticket=ticket,
@@ -52,6 +70,10 @@ async def generate(
         quality=body.quality,
         started=started,
     )
+    if watcher is not None:
+        return EventStream(
+            engine, answer, _events(answer, watcher), error_event=lambda error: error_body(error, request_id)
+        )
     response = await attended(request.receive, engine, ticket, _response(answer, representation))
     return response or Response(status_code=CLIENT_CLOSED_REQUEST)
 
@@ -64,6 +86,37 @@ async def _response(answer: Answer, representation: Representation) -> Response:
     # 16 images in base64 are megabytes of text: the pool writes them out too.
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(answer.runtime.encoders, _as_json, answer, images, timings)
+
+
+async def _events(answer: Answer, watcher: EventWatcher) -> AsyncIterator[bytes | None]:
+    """What happens on the way, then the result."""
+    images: list[bytes] = []
+    steps = answer.ticket.request.num_inference_steps
+    async for update in updates(answer, watcher, full_size=False):
+        if isinstance(update, Queued):
+            yield event("queued", {"queue_position": update.position})
+        elif isinstance(update, Progress):
+            yield event("progress", {"steps": steps, "steps_done": update.steps_done})
+        elif isinstance(update, PreviewImage):
+            yield event("preview", _preview(answer, update))
+        elif isinstance(update, Finished):
+            images.append(update.file)
+        else:
+            yield None
+    loop = asyncio.get_running_loop()
+    result = await loop.run_in_executor(answer.runtime.encoders, _as_json, answer, images, answer.timings())
+    yield b"event: result\ndata: " + bytes(result.body) + b"\n\n"
+
+
+def _preview(answer: Answer, update: PreviewImage) -> dict[str, Any]:
+    preview = update.preview
+    return {
+        "index": answer.ticket.jobs.index(preview.job),
+        "preview_index": preview.index,
+        "steps_done": preview.steps_done,
+        "format": "png",
+        "b64_json": base64.b64encode(update.file).decode("ascii"),
+    }
 
 
 def _as_bytes(answer: Answer, image: bytes, timings: dict[str, float]) -> Response:

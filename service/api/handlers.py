@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_error_handlers"]
 
-_INTEGERS = ("resolution", "num_images", "steps", "seed", "image_index", "quality", "limit")
+_INTEGERS = ("resolution", "num_images", "steps", "seed", "image_index", "quality", "limit", "previews")
 _INTEGERS_OF_OPENAI = ("n", "output_compression", "partial_images", "steps", "seed", "image_index")
 _NUMBERS = ("cfg_scale", "timeout_s")
 _OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.responses import StreamingResponse
 
 from service.api.answering import CLIENT_CLOSED_REQUEST, ERROR_STATUSES, Answer, attended
 from service.api.deps import ReadyRuntime, RequestId
+from service.api.events import EventStream, EventWatcher, Finished, PreviewImage, event, updates
 from service.api.openai import (
     ImagesRequest,
     ImagesResponse,
@@ -26,9 +25,6 @@ from service.errors import InvalidField, ServiceError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from starlette.types import Receive, Scope, Send
-
-    from service.engine.engine import Engine
     from service.engine.request import ImageJob
 
 __all__ = ["router"]
@@ -57,7 +53,8 @@ _USAGE = {
 async def generate_images(
     body: ImagesRequest, request: Request, runtime: ReadyRuntime, request_id: RequestId
 ) -> Response:
-    """Generate images: JSON in base64, or with `stream` one `image_generation.completed` event an image.
+    """Generate images: JSON in base64, or with `stream` events: `image_generation.completed` for each
+    image, and before it as many `image_generation.partial_image` as `partial_images` says.
 
     A failure after the first byte of a stream is an `error` event.
     """
@@ -68,7 +65,8 @@ async def generate_images(
         generation = catalog.resolve(wanted, request_id)
     except InvalidField as error:
         raise openai_invalid_field(error, body) from error
-    ticket = engine.submit(generation)
+    watcher = EventWatcher() if body.stream else None
+    ticket = engine.submit(generation, watcher)
     answer = Answer(
         runtime=runtime,
         ticket=ticket,
@@ -77,8 +75,8 @@ async def generate_images(
         quality=wanted.quality,
         started=started,
     )
-    if body.stream:
-        return _EventStream(engine, answer)
+    if watcher is not None:
+        return EventStream(engine, answer, _events(answer, watcher), error_event=_error_event)
     response = await attended(request.receive, engine, ticket, _response(answer))
     return response or Response(status_code=CLIENT_CLOSED_REQUEST)
 
@@ -92,7 +90,7 @@ async def _response(answer: Answer) -> Response:
 
 def _as_json(answer: Answer, images: list[bytes]) -> Response:
     data = [_image(answer, job, image) for job, image in zip(answer.ticket.jobs, images, strict=True)]
-    body = {"created": int(time.time()), "data": data, **_common(answer), **answer.facts()}
+    body = {"created": int(time.time()), "data": data, **_common(answer), "usage": _USAGE, **answer.facts()}
     return AsciiJSONResponse(body)
 
 
@@ -112,40 +110,26 @@ def _common(answer: Answer) -> dict[str, Any]:
         "background": "opaque",
         "output_format": answer.format,
         "size": f"{side}x{side}",
-        "usage": _USAGE,
     }
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events, for as long as the client is there to read them."""
-
-    def __init__(self, engine: Engine, answer: Answer) -> None:
-        # nginx would keep events back until it has a buffer full of them.
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(_events(answer), media_type="text/event-stream", headers=headers)
-        self._engine = engine
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await attended(receive, self._engine, self._answer.ticket, self.stream_response(send))
-
-
-async def _events(answer: Answer) -> AsyncIterator[bytes]:
-    """An event for each image, in the request's order."""
-    images = [asyncio.create_task(answer.image(job)) for job in answer.ticket.jobs]
-    try:
-        for job, image in zip(answer.ticket.jobs, images, strict=True):
-            facts = {"created_at": int(time.time()), "quality": "auto", **_common(answer), **answer.facts()}
-            yield _event("image_generation.completed", facts | _image(answer, job, await image))
-        answer.timings()
-    except ServiceError as error:
-        yield _event("error", openai_error(error)[1])
-    finally:
-        for image in images:
-            image.cancel()
-        await asyncio.gather(*images, return_exceptions=True)
+async def _events(answer: Answer, watcher: EventWatcher) -> AsyncIterator[bytes | None]:
+    """Partial images as they are made, and a completed event for each image, in the request's order."""
+    async for update in updates(answer, watcher, full_size=True):
+        if isinstance(update, PreviewImage):
+            number = {"partial_image_index": update.preview.index}
+            yield _event("image_generation.partial_image", answer, update.preview.job, update.file, number)
+        elif isinstance(update, Finished):
+            yield _event("image_generation.completed", answer, update.job, update.file, {"usage": _USAGE})
+        elif update is None:
+            yield None
+    answer.timings()
 
 
-def _event(kind: str, data: dict[str, Any]) -> bytes:
-    text = json.dumps({"type": kind} | data, separators=(",", ":"))
-    return f"event: {kind}\ndata: {text}\n\n".encode("ascii")
+def _event(kind: str, answer: Answer, job: ImageJob, file: bytes, more: dict[str, Any]) -> bytes:
+    facts = {"type": kind, "created_at": int(time.time()), "quality": "auto"}
+    return event(kind, facts | _common(answer) | answer.facts() | _image(answer, job, file) | more)
+
+
+def _error_event(error: ServiceError) -> dict[str, Any]:
+    return {"type": "error"} | openai_error(error)[1]

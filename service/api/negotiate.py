@@ -1,4 +1,4 @@
-"""Which representation a client wants: image bytes or JSON, and which image format."""
+"""Which representation a client wants: image bytes, JSON or events, and which image format."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Representation", "negotiate"]
 
 _JSON: Final = "application/json"
+_EVENTS: Final = "text/event-stream"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +23,16 @@ class Representation:
 
     as_bytes: bool
     """The image itself; else JSON with images in base64."""
+    as_events: bool
+    """Events on the way, and the JSON in the last of them."""
     format: ImageFormat
 
 
 def negotiate(accept: str, body: GenerateRequest) -> Representation:
     """Read the Accept header (RFC 9110, section 12.5.1) beside the request.
 
-    An image media type gets bytes where the request makes exactly one image; everything else gets JSON.
+    An image media type gets bytes where the request makes exactly one image, an event stream gets events,
+    everything else JSON.
     `format` names the image format, else the Accept header does, else it is png; the two must not
     contradict each other.
     """
@@ -41,7 +45,15 @@ def negotiate(accept: str, body: GenerateRequest) -> Representation:
                 "format", body.format, f"{named}, which the Accept header names", by="this request"
             )
         format = named
-    return Representation(as_bytes=wanted.startswith("image/") and body.num_images == 1, format=format)
+    if body.previews and wanted != _EVENTS:
+        raise InvalidField(
+            "previews", body.previews, f"0 unless its Accept header is {_EVENTS}", by="this request"
+        )
+    return Representation(
+        as_bytes=wanted.startswith("image/") and body.num_images == 1,
+        as_events=wanted == _EVENTS,
+        format=format,
+    )
 
 
 def _preferred(accept: str) -> str:
@@ -53,7 +65,7 @@ def _preferred(accept: str) -> str:
         weight = _weight(parameters)
         if weight <= best_weight:
             continue
-        if media_range in MEDIA_TYPES.values() or media_range == "image/*":
+        if media_range in MEDIA_TYPES.values() or media_range in ("image/*", _EVENTS):
             best, best_weight = media_range, weight
         elif media_range in (_JSON, "application/*", "*/*"):
             best, best_weight = _JSON, weight

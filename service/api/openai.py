@@ -43,6 +43,7 @@ _OURS: Final = {
     "size": "resolution",
     "output_format": "format",
     "output_compression": "quality",
+    "partial_images": "previews",
 }
 _THEIRS: Final = {ours: theirs for theirs, ours in _OURS.items()}
 _SIZE: Final = re.compile(r"([1-9][0-9]{0,4})x\1")
@@ -91,12 +92,12 @@ class ImagesRequest(BaseModel):
     output_compression: int | None = Field(
         100, ge=0, le=100, description="Quality of jpeg and webp (0 is taken as 1); png is lossless."
     )
-    stream: bool | None = Field(False, description="Answer in server-sent events, one an image.")
+    stream: bool | None = Field(False, description="Answer in server-sent events.")
     partial_images: int | None = Field(
         0,
         ge=0,
         le=3,
-        description="Accepted; none are sent: a partial image would cost a decoding of its own.",
+        description="With `stream`, previews of each image on the way; fewer where there are fewer steps.",
     )
     user: str | None = Field(None, description="Accepted and not used.")
     quality: Literal["auto", "standard"] | None = Field(
@@ -128,6 +129,7 @@ class ImagesRequest(BaseModel):
             "sampler": self.sampler,
             "seed": self.seed,
             "image_index": self.image_index,
+            "previews": self.partial_images if self.stream else None,
         }
         return GenerateRequest.model_validate({k: v for k, v in fields.items() if v is not None})
 

@@ -12,7 +12,7 @@ from service.api.openai import openai_error
 if TYPE_CHECKING:
     from service.errors import ServiceError
 
-__all__ = ["AsciiJSONResponse", "error_response"]
+__all__ = ["AsciiJSONResponse", "error_body", "error_response"]
 
 
 class AsciiJSONResponse(JSONResponse):
@@ -22,12 +22,16 @@ class AsciiJSONResponse(JSONResponse):
         return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
+def error_body(error: ServiceError, request_id: str) -> dict[str, Any]:
+    """`{"error": {"code", "message", "request_id", ...}}`."""
+    return {"error": {"code": error.code, "message": str(error), "request_id": request_id} | error.details()}
+
+
 def error_response(error: ServiceError, request_id: str, *, openai: bool = False) -> AsciiJSONResponse:
-    """`{"error": {"code", "message", "request_id", ...}}` with the error's status and headers, or OpenAI's
-    shape, where the id is in the header alone."""
+    """`error_body` with the error's status and headers, or OpenAI's shape, where the id is in the header
+    alone."""
     if openai:
         status, content = openai_error(error)
     else:
-        body = {"code": error.code, "message": str(error), "request_id": request_id} | error.details()
-        status, content = error.status, {"error": body}
+        status, content = error.status, error_body(error, request_id)
     return AsciiJSONResponse(content, status_code=status, headers=error.headers())

@@ -77,6 +77,11 @@ class GenerateRequest(BaseModel):
         None, description="Image format. Default: the one that the Accept header names, else png."
     )
     quality: int = Field(90, ge=1, le=100, description="Quality of jpeg and webp; png is lossless.")
+    previews: int = Field(
+        0,
+        description="Previews of each image while it is made, spread over its steps: rough pictures in the "
+        "events of an answer to `Accept: text/event-stream`. Fewer come where there are fewer steps.",
+    )
     priority: Priority = Field(
         "normal", description="Which waiting requests go first; one that waits rises with time."
     )

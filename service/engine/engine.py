@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from service.engine.decode import Decoder
-from service.engine.request import GenerationRequest, ImageJob, Ticket
+from service.engine.request import GenerationRequest, ImageJob, Preview, Ticket, Watcher
 from service.engine.runner import Runner
 from service.engine.scheduler import AGING_S, PlannedStep, Scheduler
 from service.errors import DeadlineExceeded, Draining, EngineStopped, GenerationFailed, QueueFull
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -69,6 +69,7 @@ class Engine:
 
         self._timed: set[Ticket] = set()  # with a deadline; like the scheduler, the engine's thread's own
         self._next_deadline = math.inf  # of those, or earlier, where one has been closed since
+        self._watched: set[Ticket] = set()  # with a watcher and no image started; the engine's thread's too
 
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run_forever, name="lamamba-engine", daemon=True)
@@ -96,12 +97,13 @@ class Engine:
         if self._failure is not None:
             raise self._failure
 
-    def submit(self, request: GenerationRequest) -> Ticket:
+    def submit(self, request: GenerationRequest, watcher: Watcher | None = None) -> Ticket:
         """Accept a request, whose images come through the futures of the ticket's jobs.
 
+        `watcher` is told of what happens on the way; without one there are no previews.
         Raises QueueFull, Draining or EngineStopped at once, before any work.
         """
-        ticket = Ticket(request, submitted_at=self._clock())
+        ticket = Ticket(request, submitted_at=self._clock(), watcher=watcher)
         with self._changed:
             if not self.alive:
                 raise EngineStopped("the engine has stopped; this server is about to be restarted")
@@ -187,6 +189,8 @@ class Engine:
         self._scheduler.charge(plan.lane, seconds)
         self._observe(plan, seconds)
         self._postprocess(plan, failures)
+        self._report_steps(plan)
+        self._report_queue()
         return True
 
     def _run_forever(self) -> None:
@@ -216,6 +220,8 @@ class Engine:
 
     def _accept(self, ticket: Ticket) -> None:
         self._scheduler.add(ticket)
+        if ticket.watcher is not None:
+            self._watched.add(ticket)
         if ticket.deadline < math.inf:
             self._timed.add(ticket)
             self._next_deadline = min(self._next_deadline, ticket.deadline)
@@ -251,6 +257,7 @@ class Engine:
         for job in fresh:
             if job.ticket.started_at is None:
                 job.ticket.started_at = self._clock()
+                self._watched.discard(job.ticket)
 
     def _run(self, plan: PlannedStep) -> dict[ImageJob, Exception]:
         """Run the step; where it raises, run its images one by one, so that only the culprit fails."""
@@ -286,8 +293,49 @@ class Engine:
                 job.ticket.denoised_at = self._clock()
             self._decoder.submit(latents)
 
+    def _report_steps(self, plan: PlannedStep) -> None:
+        watched = [job for job in plan.jobs if job.ticket.watcher is not None]
+        if not watched:
+            return
+        previews: dict[Ticket, list[Preview]] = {job.ticket: [] for job in watched}
+        for preview in self._previews(plan.lane, watched):
+            previews[preview.job.ticket].append(preview)
+        for ticket, new in previews.items():
+            if ticket.watcher is not None:
+                ticket.watcher.changed(new)
+
+    def _previews(self, lane: str, jobs: Sequence[ImageJob]) -> list[Preview]:
+        """The previews that are due; an image that is finished, or has failed, has given its slot back."""
+        due = {
+            job: index
+            for job in jobs
+            if job.slot is not None and (index := job.request.preview_index(job.step_index)) is not None
+        }
+        if not due:
+            return []
+        try:
+            pixels = self._runners[lane].preview(list(due))  # (n, h, w, 3)
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # an image is worth more than the picture of its being made
+            _logger.exception("previews of %d images failed; the images go on", len(due))
+            return []
+        return [
+            Preview(job=job, index=index, steps_done=job.step_index, pixels=picture)
+            for (job, index), picture in zip(due.items(), pixels, strict=True)
+        ]
+
+    def _report_queue(self) -> None:
+        for lane in {ticket.request.model for ticket in self._watched}:
+            for position, ticket in enumerate(self._scheduler.queue(lane), start=1):
+                if ticket in self._watched and ticket.queue_position != position:
+                    ticket.queue_position = position
+                    if ticket.watcher is not None:
+                        ticket.watcher.changed(())
+
     def _drop(self, ticket: Ticket) -> None:
         self._timed.discard(ticket)
+        self._watched.discard(ticket)
         num_queued = self._scheduler.drop(ticket)
         self._leave_queue(num_queued)
 

@@ -40,6 +40,8 @@ class ServedPipeline(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def scan_backend(self) -> str: ...
+    @property
+    def has_previews(self) -> bool: ...
 
     def denoise_step(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Next latents and history, (images, C, H, W) fp32 each, of the images of `batch`."""
@@ -49,6 +51,9 @@ class ServedPipeline(Protocol):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, C, H, W) fp32 to pixels (n, height, width, 3) uint8 on the CPU."""
+
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (n, C, h, w) fp32 to rough pictures (n, h, w, 3) uint8 on the CPU."""
 
     def class_index(self, class_id: int | str) -> int:
         """The class of an id or a label; ValueError names the accepted ids and labels near a wrong one."""

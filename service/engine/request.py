@@ -4,6 +4,7 @@
     ImageJob            one image of it: its place in the scheduler and its step
     Ticket              the engine's side of one accepted request: its jobs, the future of each image, and
                         when what happened; whoever holds it waits for the futures
+    Watcher             who is told on the way, of steps, of the place in the queue, and of previews
 
 Nothing here holds a tensor, a queue or a lock.
 """
@@ -14,13 +15,15 @@ import contextlib
 import math
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["PRIORITIES", "GenerationRequest", "ImageJob", "Priority", "Ticket"]
+__all__ = ["PRIORITIES", "GenerationRequest", "ImageJob", "Preview", "Priority", "Ticket", "Watcher"]
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: Final[tuple[Priority, ...]] = ("high", "normal", "low")
@@ -44,11 +47,23 @@ class GenerationRequest:
     priority: Priority = "normal"
     timeout_s: float | None = None
     """Seconds from submission after which the request is given up; None: it has as long as it takes."""
+    num_previews: int = 0
+    """Previews of each image, spread evenly over its steps; at most one a step but the last."""
 
     @property
     def rows_per_image(self) -> int:
         """Network evaluations that a step of one image costs."""
         return 1 if self.guidance_scale == 1.0 else 2
+
+    def preview_index(self, steps_done: int) -> int | None:
+        """Which preview, from 0, is due after so many steps; None if none is."""
+        steps = self.num_inference_steps
+        previews = min(self.num_previews, steps - 1)
+        if not 0 < steps_done < steps:
+            return None
+        index = -(-steps_done * (previews + 1) // steps) - 1  # the last one that is due by now, rounded up
+        due = 0 <= index < previews and (index + 1) * steps // (previews + 1) == steps_done
+        return index if due else None
 
 
 class ImageJob:
@@ -73,6 +88,25 @@ class ImageJob:
         return self.step_index >= self.request.num_inference_steps
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Preview:
+    """A rough picture of an unfinished image."""
+
+    job: ImageJob
+    index: int
+    """From 0, of the image's previews."""
+    steps_done: int
+    pixels: NDArray[np.uint8]
+    """(h, w, 3), of the size of the latents."""
+
+
+class Watcher(Protocol):
+    """Who watches a request; called in the engine's thread, which it must not hold up."""
+
+    def changed(self, previews: Sequence[Preview]) -> None:
+        """The request's steps or its place in the queue have changed; `previews` are new."""
+
+
 class Ticket:
     """One accepted request. Its futures are settled exactly once each; later attempts change nothing.
 
@@ -80,8 +114,13 @@ class Ticket:
     image denoised, last image decoded.
     """
 
-    def __init__(self, request: GenerationRequest, *, submitted_at: float) -> None:
+    def __init__(
+        self, request: GenerationRequest, *, submitted_at: float, watcher: Watcher | None = None
+    ) -> None:
         self.request = request
+        self.watcher = watcher
+        self.queue_position: int | None = None
+        """While no image has started, 1 for the next request of its lane; None where nobody watches."""
         self.jobs = tuple(
             ImageJob(self, request.image_index + offset) for offset in range(request.num_images)
         )

@@ -20,6 +20,8 @@ from model.diffusion.step import StepBatch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from service.engine.pipeline import ServedPipeline
@@ -102,6 +104,12 @@ class Runner:
         (slots,) = self._int64([job.slot or 0 for job in jobs])
         latents = self._latents[slots]  # (n, C, H, W)
         return FinishedLatents(jobs=tuple(jobs), latents=latents, ready=self._record_event())
+
+    @torch.inference_mode()
+    def preview(self, jobs: Sequence[ImageJob]) -> NDArray[np.uint8]:
+        """Rough pictures `(n, h, w, 3)` of what the images' last step took them to become, x0."""
+        (slots,) = self._int64([job.slot or 0 for job in jobs])
+        return self._pipeline.preview(self._history[slots]).numpy()
 
     @torch.inference_mode()
     def warm_up(self, *, decode_batch: int) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from service.engine.request import PRIORITIES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from service.engine.request import ImageJob, Ticket
 
@@ -131,6 +131,12 @@ class Scheduler:
             self.release(job)
         request = ticket.request
         return len(self._lanes[request.model].waiting[request.priority].pop(ticket, ()))
+
+    def queue(self, lane: str) -> Iterator[Ticket]:
+        """The requests of a lane with queued images, in the order in which slots are given to them."""
+        heads = [deque(queue) for queue in self._lanes[lane].waiting.values()]
+        while any(heads):
+            yield min((head for head in heads if head), key=lambda head: self._counts_as(head[0])).popleft()
 
     def _fill_slots(self, lane: _Lane) -> None:
         rows_left = self.max_rows - lane.num_rows

@@ -364,9 +364,9 @@ def test_generate_hands_priority_and_timeout_to_the_engine(
     asked: list[GenerationRequest] = []
     submit = Engine.submit
 
-    def note(engine: Engine, request: GenerationRequest) -> Ticket:
+    def note(engine: Engine, request: GenerationRequest, *watcher: None) -> Ticket:
         asked.append(request)
-        return submit(engine, request)
+        return submit(engine, request, *watcher)
 
     monkeypatch.setattr(Engine, "submit", note)
     post(client, BODY)

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import threading
+from dataclasses import replace
 from typing import Any, get_args
 
 import httpx
@@ -124,8 +125,18 @@ def test_a_stream_has_an_event_for_each_image(client: TestClient) -> None:
             prompt="venice square", n=2, stream=True, partial_images=2, extra_body=OURS
         )
     )
-    assert [event.type for event in events] == ["image_generation.completed"] * 2
-    for index, event in enumerate(events):
+    partial = [event for event in events if event.type == "image_generation.partial_image"]
+    for index in range(2):
+        numbers = [event.partial_image_index for event in partial if event.image_index == index]
+        assert numbers == [0, 1]
+    for event in partial:
+        assert isinstance(event, openai.types.ImageGenPartialImageEvent)
+        assert pixels(event).shape == (16, 16, 3)
+        assert (event.size, event.output_format, event.quality) == ("16x16", "png", "auto")
+    completed = [event for event in events if event.type == "image_generation.completed"]
+    assert len(completed) == 2
+    assert len(events) == len(completed) + len(partial)
+    for index, event in enumerate(completed):
         assert isinstance(event, openai.types.ImageGenCompletedEvent)
         assert np.abs(pixels(event) - alone(index)).max() <= 1
         assert (event.size, event.output_format, event.quality) == ("16x16", "png", "auto")
@@ -134,6 +145,14 @@ def test_a_stream_has_an_event_for_each_image(client: TestClient) -> None:
     answer = client.post(PATH, json=BODY | {"stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.text.startswith('event: image_generation.completed\ndata: {"type":"image_generation')
+
+
+def test_partial_images_need_a_preview_map(client_of: ClientFactory) -> None:
+    client = official(client_of(replace(fake_pipeline(), preview_map=None)))
+    with pytest.raises(openai.BadRequestError, match=r"partial_images: 2 given; .*fit-previews") as refusal:
+        client.images.generate(prompt="forest", stream=True, partial_images=2, extra_body=OURS)
+    assert refusal.value.param == "partial_images"
+    client.images.generate(prompt="forest", partial_images=2, extra_body=OURS)  # nothing to show them in
 
 
 def test_the_first_event_comes_before_the_last_image_is_made() -> None:
