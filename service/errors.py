@@ -4,6 +4,7 @@ renders them all.
 ServiceError                   500 internal_error
 |-- RequestError               400 bad_request            the client's to mend
 |   |-- InvalidJSON            400 invalid_json
+|   |-- Unauthorized           401 invalid_api_key
 |   |-- NotFound               404 not_found
 |   |-- MethodNotAllowed       405 method_not_allowed
 |   |-- BodyTimeout            408 body_timeout
@@ -46,6 +47,7 @@ __all__ = [
     "Retryable",
     "ServiceError",
     "StartupError",
+    "Unauthorized",
     "UnknownField",
     "UnsupportedMediaType",
     "shown",
@@ -80,6 +82,21 @@ class InvalidJSON(RequestError):
     """The body is not JSON."""
 
     code = "invalid_json"
+
+
+class Unauthorized(RequestError):
+    """There is no key, or none that this server knows; the message does not repeat it."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    def __init__(self, message: str, *, key_given: bool) -> None:
+        super().__init__(message)
+        self.key_given = key_given
+
+    def headers(self) -> dict[str, str]:
+        reason = ', error="invalid_token"' if self.key_given else ""  # RFC 6750, section 3
+        return {"WWW-Authenticate": f'Bearer realm="lamamba"{reason}'}
 
 
 class NotFound(RequestError):
