@@ -14,6 +14,8 @@ ServiceError                   500 internal_error
 |       `-- UnknownField       422 unknown_field
 |-- Retryable                  503 unavailable            the same request may succeed later: Retry-After
 |   |-- QueueFull              429 queue_full
+|   |-- RateLimited            429 rate_limited
+|   |-- QuotaExceeded          429 quota_exceeded
 |   |-- NotReady               503 not_ready
 |   |-- Draining               503 draining
 |   `-- EngineStopped          503 engine_stopped
@@ -43,6 +45,8 @@ __all__ = [
     "NotReady",
     "PayloadTooLarge",
     "QueueFull",
+    "QuotaExceeded",
+    "RateLimited",
     "RequestError",
     "Retryable",
     "ServiceError",
@@ -186,6 +190,20 @@ class QueueFull(Retryable):
 
     status = 429
     code = "queue_full"
+
+
+class RateLimited(Retryable):
+    """The client has asked for as many images as a minute allows."""
+
+    status = 429
+    code = "rate_limited"
+
+
+class QuotaExceeded(Retryable):
+    """The client has had its images of the day."""
+
+    status = 429
+    code = "quota_exceeded"
 
 
 class NotReady(Retryable):

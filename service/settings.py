@@ -79,6 +79,20 @@ class Settings(BaseSettings):
     )
     max_queue_images: int = Field(256, ge=1, le=1_000_000, description="Images that may wait; beyond: 429.")
     max_images_per_request: int = Field(16, ge=1, le=1024, description="Largest num_images of a request.")
+    rate_limit_images_per_minute: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Images a minute that one client (a key, else an address) may ask for; beyond: 429; "
+        "0: no limit.",
+    )
+    quota_images_per_day: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="Images a day (UTC) that one client may ask for; beyond: 429; 0: no limit. Counted in "
+        "memory: a restart begins anew.",
+    )
     priority_aging_s: float = Field(
         AGING_S,
         ge=0,

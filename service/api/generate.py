@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from model.images import MEDIA_TYPES
 from service.api.answering import CLIENT_CLOSED_REQUEST, ERROR_STATUSES, Answer, attended
-from service.api.deps import ReadyRuntime, RequestId
+from service.api.deps import ClientIdentity, ReadyRuntime, RequestId
 from service.api.negotiate import Representation, negotiate
 from service.api.responses import AsciiJSONResponse
 from service.api.schemas import ErrorBody, GenerateRequest, GenerateResponse
@@ -37,13 +37,19 @@ _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for sta
     },
 )
 async def generate(
-    body: GenerateRequest, request: Request, runtime: ReadyRuntime, request_id: RequestId
+    body: GenerateRequest,
+    request: Request,
+    runtime: ReadyRuntime,
+    request_id: RequestId,
+    client: ClientIdentity,
 ) -> Response:
     """Generate images: bytes if `Accept` names an image type and there is one image, else JSON in base64."""
     started = time.monotonic()
     representation = negotiate(request.headers.get("accept", ""), body)
     engine = runtime.engine
-    ticket = engine.submit(runtime.catalog.resolve(body, request_id))
+    generation = runtime.catalog.resolve(body, request_id)
+    with runtime.rate_limits.spending(client, generation.num_images):
+        ticket = engine.submit(generation)
     answer = Answer(
         runtime=runtime,
         ticket=ticket,

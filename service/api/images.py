@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
 from service.api.answering import CLIENT_CLOSED_REQUEST, ERROR_STATUSES, Answer, attended
-from service.api.deps import ReadyRuntime, RequestId
+from service.api.deps import ClientIdentity, ReadyRuntime, RequestId
 from service.api.openai import (
     ImagesRequest,
     ImagesResponse,
@@ -55,7 +55,11 @@ _USAGE = {
     | {200: {"content": {"text/event-stream": {}}, "description": "The images, as JSON or as events."}},
 )
 async def generate_images(
-    body: ImagesRequest, request: Request, runtime: ReadyRuntime, request_id: RequestId
+    body: ImagesRequest,
+    request: Request,
+    runtime: ReadyRuntime,
+    request_id: RequestId,
+    client: ClientIdentity,
 ) -> Response:
     """Generate images: JSON in base64, or with `stream` one `image_generation.completed` event an image.
 
@@ -68,7 +72,8 @@ async def generate_images(
         generation = catalog.resolve(wanted, request_id)
     except InvalidField as error:
         raise openai_invalid_field(error, body) from error
-    ticket = engine.submit(generation)
+    with runtime.rate_limits.spending(client, generation.num_images):
+        ticket = engine.submit(generation)
     answer = Answer(
         runtime=runtime,
         ticket=ticket,
