@@ -5,24 +5,37 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.responses import RedirectResponse
 
 from service.api import classes, generate, health, images, models
+from service.api.authentication import AuthenticationMiddleware
 from service.api.body_limit import BodyLimitMiddleware
 from service.api.handlers import add_error_handlers
+from service.api.openai import OpenAIErrorBody
 from service.api.request_context import RequestContextMiddleware
+from service.api.schemas import ErrorBody
+from service.api_keys import KeyRing, read_key_file
+from service.errors import StartupError
 from service.runtime import Runtime
 from service.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+    from types import ModuleType
 
     from service.engine.pipeline import ServedPipeline
 
 __all__ = ["create_app"]
+
+# For the schema and its page alone: the middleware is what looks at keys.
+_KEY_SCHEMES = [
+    Security(HTTPBearer(auto_error=False)),
+    Security(APIKeyHeader(name="X-API-Key", auto_error=False)),
+]
 
 
 def create_app(
@@ -37,6 +50,7 @@ def create_app(
     """
     settings = settings if settings is not None else load_settings()
     runtime = Runtime(settings, pipelines)
+    keys = _key_ring(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -60,11 +74,33 @@ def create_app(
     app.add_middleware(
         BodyLimitMiddleware, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
     )
+    app.add_middleware(AuthenticationMiddleware, keys=keys, metrics=runtime.metrics)
     app.add_middleware(RequestContextMiddleware, metrics=runtime.metrics)
-    for resource in (generate, images, models, classes, health):
-        app.include_router(resource.router)
+    for resource in (generate, images, models, classes):
+        app.include_router(
+            resource.router,
+            dependencies=_KEY_SCHEMES if keys else None,
+            responses={401: _unauthorized(resource)} if keys else None,
+        )
+    app.include_router(health.router)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     return app
+
+
+def _key_ring(settings: Settings) -> KeyRing:
+    """The keys of both settings. Raises StartupError where the file is not as it should be."""
+    hashes = settings.api_keys
+    if settings.api_keys_file is not None:
+        further = read_key_file(settings.api_keys_file)
+        if twice := sorted(hashes.keys() & further.keys()):
+            raise StartupError(f"api_keys_file: the name {twice[0]} is in LAMAMBA_API_KEYS too")
+        hashes = hashes | further
+    return KeyRing(hashes)
+
+
+def _unauthorized(resource: ModuleType) -> dict[str, Any]:
+    """How the schema describes the 401 of a resource's routes."""
+    return {"model": OpenAIErrorBody if resource is images else ErrorBody}
 
 
 async def _to_docs() -> RedirectResponse:

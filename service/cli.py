@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from model.cli import app as model_app
+from service.api_keys import key_hash, new_key, parse_key_hashes
 from service.errors import EngineFailure, StartupError
 from service.settings import load_settings
 
@@ -94,6 +95,22 @@ def serve(
     except (StartupError, EngineFailure) as error:
         typer.secho(f"lamamba: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2 if isinstance(error, StartupError) else 1) from error
+
+
+@app.command("api-key")
+def api_key(
+    name: Annotated[str, typer.Argument(help="Who will use the key: what logs and metrics show.")],
+) -> None:
+    """Make an API key: prints the key, this once, and the line for LAMAMBA_API_KEYS or its file."""
+    key = new_key()
+    entry = f"{name}:{key_hash(key)}"
+    try:
+        parse_key_hashes([entry])
+    except ValueError as error:
+        typer.secho(f"lamamba: name: {name} given; {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"key   {key}")
+    typer.echo(f"hash  {entry}")
 
 
 app.registered_commands += model_app.registered_commands

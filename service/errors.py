@@ -4,6 +4,7 @@ renders them all.
 ServiceError                   500 internal_error
 |-- RequestError               400 bad_request            the client's to mend
 |   |-- InvalidJSON            400 invalid_json
+|   |-- Unauthorized           401 invalid_api_key
 |   |-- NotFound               404 not_found
 |   |-- MethodNotAllowed       405 method_not_allowed
 |   |-- BodyTimeout            408 body_timeout
@@ -13,6 +14,8 @@ ServiceError                   500 internal_error
 |       `-- UnknownField       422 unknown_field
 |-- Retryable                  503 unavailable            the same request may succeed later: Retry-After
 |   |-- QueueFull              429 queue_full
+|   |-- RateLimited            429 rate_limited
+|   |-- QuotaExceeded          429 quota_exceeded
 |   |-- NotReady               503 not_ready
 |   |-- Draining               503 draining
 |   `-- EngineStopped          503 engine_stopped
@@ -42,10 +45,13 @@ __all__ = [
     "NotReady",
     "PayloadTooLarge",
     "QueueFull",
+    "QuotaExceeded",
+    "RateLimited",
     "RequestError",
     "Retryable",
     "ServiceError",
     "StartupError",
+    "Unauthorized",
     "UnknownField",
     "UnsupportedMediaType",
     "shown",
@@ -80,6 +86,21 @@ class InvalidJSON(RequestError):
     """The body is not JSON."""
 
     code = "invalid_json"
+
+
+class Unauthorized(RequestError):
+    """There is no key, or none that this server knows; the message does not repeat it."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    def __init__(self, message: str, *, key_given: bool) -> None:
+        super().__init__(message)
+        self.key_given = key_given
+
+    def headers(self) -> dict[str, str]:
+        reason = ', error="invalid_token"' if self.key_given else ""  # RFC 6750, section 3
+        return {"WWW-Authenticate": f'Bearer realm="lamamba"{reason}'}
 
 
 class NotFound(RequestError):
@@ -169,6 +190,20 @@ class QueueFull(Retryable):
 
     status = 429
     code = "queue_full"
+
+
+class RateLimited(Retryable):
+    """The client has asked for as many images as a minute allows."""
+
+    status = 429
+    code = "rate_limited"
+
+
+class QuotaExceeded(Retryable):
+    """The client has had its images of the day."""
+
+    status = 429
+    code = "quota_exceeded"
 
 
 class NotReady(Retryable):

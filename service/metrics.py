@@ -4,7 +4,7 @@
                '-- lamamba_stage_latency_seconds{stage} --'   all of it: lamamba_e2e_request_latency_seconds
 
 A `Metrics` owns its registry, so that a process (or a test) can hold several servers. Label values come
-from fixed sets: nothing that a client sends becomes a label.
+from fixed sets (the names of keys are the operator's): nothing that a client sends becomes a label.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Metrics:
         self.image_rate = RateWindow(clock=clock)
 
         self.requests = self._counter("requests", "HTTP requests answered.", "route", "status")
+        self.api_key_requests = self._counter("api_key_requests", "Requests by the key's name.", "name")
         self.images = self._counter("images", "Images denoised and decoded.")
         self.steps = self._counter("denoising_steps", "Denoising steps run, whatever their number of rows.")
         self.rows = self._counter("rows", "Rows denoised: network evaluations of one image.")

@@ -27,6 +27,7 @@ from service.engine.engine import Engine
 from service.errors import Draining, EngineStopped, NotReady, StartupError
 from service.logs import adopt_library_logs
 from service.metrics import Metrics
+from service.rate_limits import RateLimits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +58,11 @@ class Runtime:
     def __init__(self, settings: Settings, pipelines: Sequence[ServedPipeline] | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.rate_limits = RateLimits(
+            images_per_minute=settings.rate_limit_images_per_minute,
+            images_per_day=settings.quota_images_per_day,
+            max_images_per_request=settings.max_images_per_request,
+        )
         self.encoders = ThreadPoolExecutor(settings.num_encoders, thread_name_prefix="lamamba-encoder")
         self.failure: StartupError | None = None
         self.supervised = False

@@ -10,11 +10,13 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.api_keys import parse_key_hashes
 from service.engine.scheduler import AGING_S
 from service.errors import StartupError, shown
 
@@ -23,13 +25,19 @@ __all__ = ["ENVIRONMENT_PREFIX", "Settings", "load_settings"]
 ENVIRONMENT_PREFIX = "LAMAMBA_"
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_HIDDEN: Final = ("api_keys",)
+"""Whose values no message repeats: a key may stand there by mistake."""
 
 
 class Settings(BaseSettings):
     """The server's settings; the environment variable of each is LAMAMBA_ and its name in capitals."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
     )
 
     models: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -38,6 +46,15 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     root_path: str = Field("", description="Path under which a reverse proxy serves this server.")
+    api_keys: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        repr=False,
+        description="Keys that are accepted, as name:hash, separated by commas (`lamamba api-key NAME` makes "
+        "one); empty, and no file: everybody is served.",
+    )
+    api_keys_file: Path | None = Field(
+        None, description="A file of further keys, one name:hash a line; # begins a comment."
+    )
     device: str = Field("auto", description="auto (CUDA where there is a device), cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="The network's number format; auto: float32 on CPU, on CUDA what the model says."
@@ -62,6 +79,20 @@ class Settings(BaseSettings):
     )
     max_queue_images: int = Field(256, ge=1, le=1_000_000, description="Images that may wait; beyond: 429.")
     max_images_per_request: int = Field(16, ge=1, le=1024, description="Largest num_images of a request.")
+    rate_limit_images_per_minute: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Images a minute that one client (a key, else an address) may ask for; beyond: 429; "
+        "0: no limit.",
+    )
+    quota_images_per_day: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="Images a day (UTC) that one client may ask for; beyond: 429; 0: no limit. Counted in "
+        "memory: a restart begins anew.",
+    )
     priority_aging_s: float = Field(
         AGING_S,
         ge=0,
@@ -93,6 +124,15 @@ class Settings(BaseSettings):
     def _split_models(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_api_keys(cls, value: object) -> object:
+        if isinstance(value, str):
+            return parse_key_hashes(part for part in value.split(",") if part.strip())
+        if isinstance(value, dict):
+            return parse_key_hashes(f"{name}:{digest}" for name, digest in value.items())
         return value
 
     @field_validator("device")
@@ -132,7 +172,9 @@ def load_settings(**given: Any) -> Settings:
         name = str(first["loc"][0]) if first["loc"] else "settings"
         label = name if name in overrides else f"{ENVIRONMENT_PREFIX}{name.upper()}"
         reason = first["msg"].removeprefix("Value error, ")
-        raise StartupError(f"{label}: {shown(first['input'])} given; {reason}") from error
+        given_value = "a value that is not shown" if name in _HIDDEN else shown(first["input"])
+        # The cause would show the value in a trace.
+        raise StartupError(f"{label}: {given_value} given; {reason}") from None
 
 
 def _reject_unknown_variables(environ: Mapping[str, str]) -> None:

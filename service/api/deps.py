@@ -6,10 +6,11 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.api.authentication import CLIENT, Client
 from service.logs import request_id_variable
 from service.runtime import Runtime
 
-__all__ = ["ReadyRuntime", "RequestId", "RuntimeOfApp"]
+__all__ = ["ClientIdentity", "ReadyRuntime", "RequestId", "RuntimeOfApp"]
 
 
 def _runtime(request: Request) -> Runtime:
@@ -28,6 +29,13 @@ def _request_id() -> str:
     return request_id_variable.get()
 
 
+def _client_identity(request: Request) -> str:
+    """Whom limits are counted for."""
+    client: Client = getattr(request.state, CLIENT)
+    return client.identity
+
+
+ClientIdentity = Annotated[str, Depends(_client_identity)]
 RuntimeOfApp = Annotated[Runtime, Depends(_runtime)]
 ReadyRuntime = Annotated[Runtime, Depends(_ready_runtime)]
 RequestId = Annotated[str, Depends(_request_id)]

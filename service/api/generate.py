@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from model.images import MEDIA_TYPES
 from service.api.answering import CLIENT_CLOSED_REQUEST, ERROR_STATUSES, Answer, attended
-from service.api.deps import ReadyRuntime, RequestId
+from service.api.deps import ClientIdentity, ReadyRuntime, RequestId
 from service.api.events import (
     EventStream,
     EventWatcher,
@@ -51,7 +51,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for sta
     },
 )
 async def generate(
-    body: GenerateRequest, request: Request, runtime: ReadyRuntime, request_id: RequestId
+    body: GenerateRequest,
+    request: Request,
+    runtime: ReadyRuntime,
+    request_id: RequestId,
+    client: ClientIdentity,
 ) -> Response:
     """Generate images: bytes if `Accept` names an image type and there is one image, else JSON in base64.
 
@@ -61,7 +65,9 @@ async def generate(
     representation = negotiate(request.headers.get("accept", ""), body)
     engine = runtime.engine
     watcher = EventWatcher() if representation.as_events else None
-    ticket = engine.submit(runtime.catalog.resolve(body, request_id), watcher)
+    generation = runtime.catalog.resolve(body, request_id)
+    with runtime.rate_limits.spending(client, generation.num_images):
+        ticket = engine.submit(generation, watcher)
     answer = Answer(
         runtime=runtime,
         ticket=ticket,

@@ -1,6 +1,9 @@
-"""Probes and metrics: /health/live (restart me if not), /health/ready (send me requests), /metrics."""
+"""Probes and metrics: /health/live (restart me if not), /health/ready (send me requests), /metrics,
+/version."""
 
 from __future__ import annotations
+
+from importlib.metadata import version
 
 from fastapi import APIRouter, Response
 
@@ -36,3 +39,9 @@ async def ready(runtime: RuntimeOfApp) -> Response:
 async def metrics(runtime: RuntimeOfApp) -> Response:
     """All values in Prometheus' text format."""
     return Response(runtime.metrics.render(), media_type=METRICS_CONTENT_TYPE)
+
+
+@router.get("/version", summary="The server's version")
+async def show_version() -> dict[str, str]:
+    """The version of the installed package."""
+    return {"version": version("lamamba")}

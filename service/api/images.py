@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 from service.api.answering import CLIENT_CLOSED_REQUEST, ERROR_STATUSES, Answer, attended
-from service.api.deps import ReadyRuntime, RequestId
+from service.api.deps import ClientIdentity, ReadyRuntime, RequestId
 from service.api.events import EventStream, EventWatcher, Finished, PreviewImage, event, updates
 from service.api.openai import (
     ImagesRequest,
@@ -51,7 +51,11 @@ _USAGE = {
     | {200: {"content": {"text/event-stream": {}}, "description": "The images, as JSON or as events."}},
 )
 async def generate_images(
-    body: ImagesRequest, request: Request, runtime: ReadyRuntime, request_id: RequestId
+    body: ImagesRequest,
+    request: Request,
+    runtime: ReadyRuntime,
+    request_id: RequestId,
+    client: ClientIdentity,
 ) -> Response:
     """Generate images: JSON in base64, or with `stream` events: `image_generation.completed` for each
     image, and before it as many `image_generation.partial_image` as `partial_images` says.
@@ -66,7 +70,8 @@ async def generate_images(
     except InvalidField as error:
         raise openai_invalid_field(error, body) from error
     watcher = EventWatcher() if body.stream else None
-    ticket = engine.submit(generation, watcher)
+    with runtime.rate_limits.spending(client, generation.num_images):
+        ticket = engine.submit(generation, watcher)
     answer = Answer(
         runtime=runtime,
         ticket=ticket,

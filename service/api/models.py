@@ -1,9 +1,8 @@
 """GET /v1/models: what is served, in the shape of OpenAI's list, ascending by id; GET /v1/models/{id}: one of
-them; GET /version."""
+them."""
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter
@@ -30,9 +29,3 @@ async def list_models(runtime: ReadyRuntime) -> dict[str, Any]:
 async def show_model(model_id: str, runtime: ReadyRuntime) -> dict[str, Any]:
     """The model of that id, as the list has it."""
     return runtime.catalog.find(model_id).describe()
-
-
-@router.get("/version", summary="The server's version")
-async def show_version() -> dict[str, str]:
-    """The version of the installed package."""
-    return {"version": version("lamamba")}

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from model.images import ImageFormat
 from model.limits import MAX_IMAGE_INDEX, MAX_SEED
+from service.api.paths import route_path
 from service.api.schemas import MAX_TEXT, GenerateRequest
 from service.errors import InvalidField
 
@@ -189,7 +190,7 @@ class OpenAIErrorBody(BaseModel):
 
 def speaks_openai(scope: Scope) -> bool:
     """Whether a request's errors are to be of OpenAI's shape."""
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = route_path(scope)
     return path == _PATH or path.startswith(f"{_PATH}/")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
+from service.api.authentication import CLIENT
 from service.api.openai import speaks_openai
 from service.api.responses import error_response
 from service.errors import ServiceError
@@ -48,6 +49,7 @@ class RequestContextMiddleware:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _ACCEPTED_ID.fullmatch(given) else secrets.token_hex(12)
         token = request_id_variable.set(request_id)
+        scope["state"] = dict(scope.get("state", {}))
         status = 0
         started = time.monotonic()
 
@@ -77,5 +79,8 @@ class RequestContextMiddleware:
         # A probe's 503 is its answer: while models load it would fill the log.
         quiet = path.startswith(_PROBES) or (path == _METRICS and status < 500)
         level = logging.DEBUG if quiet else logging.INFO
+        client = scope.get("state", {}).get(CLIENT)
+        # The name alone: neither a key nor an address, which is personal data in many places.
+        named = {} if client is None or client.key_name is None else {"api_key": client.key_name}
         facts = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
-        _logger.log(level, "%(method)s %(path)s %(status)d in %(seconds).3f s", facts, extra=facts)
+        _logger.log(level, "%(method)s %(path)s %(status)d in %(seconds).3f s", facts, extra=facts | named)
