@@ -65,6 +65,11 @@ def serve(
         ),
     ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Network rows a step; a guided image takes 2.")] = None,
+    batching: Annotated[str | None, typer.Option(help="continuous, or static to compare with.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images of a static batch.")] = None,
+    batch_wait_ms: Annotated[
+        float | None, typer.Option(help="How long the first image of a static batch waits for others.")
+    ] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: the cgroup's quota.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_json: Annotated[
@@ -82,6 +87,9 @@ def serve(
             scan_backend=scan_backend,
             compile=compile,
             max_rows=max_rows,
+            batching=batching,
+            batch_size=batch_size,
+            batch_wait_ms=batch_wait_ms,
             num_threads=num_threads,
             log_level=log_level,
             log_json=log_json,

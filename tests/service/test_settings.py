@@ -25,7 +25,7 @@ def test_load_settings_reads_the_environment_and_lets_options_win(monkeypatch: p
         pytest.param(
             "LAMAMBA_MAX_ROW", "LAMAMBA_MAX_ROW: no such setting; did you mean LAMAMBA_MAX_ROWS", id="near"
         ),
-        pytest.param("LAMAMBA_XYZZY", "LAMAMBA_XYZZY: no such setting; there are LAMAMBA_BODY", id="far"),
+        pytest.param("LAMAMBA_XYZZY", "LAMAMBA_XYZZY: no such setting; there are LAMAMBA_BATCHING", id="far"),
     ],
 )
 def test_load_settings_names_an_unknown_variable(
