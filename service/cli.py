@@ -1,4 +1,4 @@
-"""The `lamamba` command: the model's commands, and `serve`.
+"""The `lamamba` command: the model's commands, `serve`, and `bench` of the server.
 
 Commands import what they need when they run: `lamamba --help` and `--version` load neither torch nor the
 server.
@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
+from model.benchmark.command import bench_app
 from model.cli import app as model_app
+from service.benchmark.command import serving_app
 from service.errors import EngineFailure, StartupError
 from service.settings import load_settings
 
@@ -105,7 +107,15 @@ def serve(
 
 
 app.registered_commands += model_app.registered_commands
-app.registered_groups += model_app.registered_groups
+app.registered_groups += [group for group in model_app.registered_groups if group.name != "bench"]
+
+_bench_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Measure the network, and a server under load.",
+)
+_bench_app.registered_commands += bench_app.registered_commands + serving_app.registered_commands
+app.add_typer(_bench_app, name="bench")
 
 
 def main() -> None:
