@@ -33,7 +33,6 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.server import RunningServer, running_server
 from model.benchmark.environment import RESULTS, write_results
 from model.cpu_rows import prepare_process
 from model.cpu_threads import available_cpu_threads
@@ -41,6 +40,7 @@ from model.diffusion.samplers import SAMPLERS
 from model.images import read_metadata
 from model.pipeline import LaMambaPipeline
 from model.pretrained import PRETRAINED_RESOLUTIONS, default_model_dir
+from service.benchmark.server import RunningServer, running_server
 
 MAX_DIFFERENCE = 1  # of 255
 GUIDANCE_SCALES = (1.0, 1.5, 2.5, 4.0)

@@ -28,7 +28,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.server import running_server
 from model.benchmark.environment import RESULTS, write_results
 from model.cpu_rows import prepare_process
 from model.cpu_threads import available_cpu_threads
@@ -36,6 +35,7 @@ from model.network.scan import ScanBackend, resolve_scan_backend
 from model.network.scan.paths import scan_paths
 from model.pipeline import LaMambaPipeline
 from model.pretrained import PRETRAINED_RESOLUTIONS, default_model_dir
+from service.benchmark.server import running_server
 
 STEPS = 20
 SCAN_SIDE, SCAN_WIDTH, SCAN_RANK = 32, 96, 3

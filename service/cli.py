@@ -1,4 +1,4 @@
-"""The `lamamba` command: the model's commands, and `serve`.
+"""The `lamamba` command: the model's commands, `serve`, and `bench` of the server.
 
 Commands import what they need when they run: `lamamba --help` and `--version` load neither torch nor the
 server.
@@ -11,8 +11,10 @@ from typing import Annotated
 
 import typer
 
+from model.benchmark.command import bench_app
 from model.cli import app as model_app
 from service.api_keys import key_hash, new_key, parse_key_hashes
+from service.benchmark.command import serving_app
 from service.errors import EngineFailure, StartupError
 from service.settings import load_settings
 
@@ -66,6 +68,11 @@ def serve(
         ),
     ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Network rows a step; a guided image takes 2.")] = None,
+    batching: Annotated[str | None, typer.Option(help="continuous, or static to compare with.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images of a static batch.")] = None,
+    batch_wait_ms: Annotated[
+        float | None, typer.Option(help="How long the first image of a static batch waits for others.")
+    ] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: the cgroup's quota.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_json: Annotated[
@@ -83,6 +90,9 @@ def serve(
             scan_backend=scan_backend,
             compile=compile,
             max_rows=max_rows,
+            batching=batching,
+            batch_size=batch_size,
+            batch_wait_ms=batch_wait_ms,
             num_threads=num_threads,
             log_level=log_level,
             log_json=log_json,
@@ -114,7 +124,15 @@ def api_key(
 
 
 app.registered_commands += model_app.registered_commands
-app.registered_groups += model_app.registered_groups
+app.registered_groups += [group for group in model_app.registered_groups if group.name != "bench"]
+
+_bench_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Measure the network, and a server under load.",
+)
+_bench_app.registered_commands += bench_app.registered_commands + serving_app.registered_commands
+app.add_typer(_bench_app, name="bench")
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from model.device import resolve_device
 from model.messages import one_line
 from model.pretrained import PRETRAINED_RESOLUTIONS, default_model_dir
 from service.catalog import Catalog, ServedModel
+from service.engine.batching import CONTINUOUS, StaticBatching
 from service.engine.engine import Engine
 from service.errors import Draining, EngineStopped, NotReady, StartupError
 from service.logs import adopt_library_logs
@@ -32,6 +33,7 @@ from service.rate_limits import RateLimits
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from service.engine.batching import Batching
     from service.engine.pipeline import ServedPipeline
     from service.settings import Settings
 
@@ -158,12 +160,14 @@ class Runtime:
                     for pipeline in pipelines
                 )
             )
+            max_rows = settings.max_rows or _MAX_ROWS[pipelines[0].device.type]
             engine = Engine(
                 {pipeline.name: pipeline for pipeline in pipelines},
-                max_rows=settings.max_rows or _MAX_ROWS[pipelines[0].device.type],
+                max_rows=max_rows,
                 max_queue_images=settings.max_queue_images,
                 metrics=self.metrics,
                 priority_aging_s=settings.priority_aging_s,
+                batching=_batching(settings, max_rows),
             )
         except ValueError as error:
             raise StartupError(str(error)) from error
@@ -209,6 +213,15 @@ class Runtime:
             )
             pipelines.append(pipeline)
         return pipelines
+
+
+def _batching(settings: Settings, max_rows: int) -> Batching:
+    if settings.batching == "continuous":
+        return CONTINUOUS
+    batch_size = settings.batch_size or max_rows // 2
+    if batch_size > max_rows:
+        raise ValueError(f"batch_size: {batch_size} given; with max_rows {max_rows}, 1 to {max_rows}")
+    return StaticBatching(max_images=batch_size, wait_s=settings.batch_wait_ms / 1000)
 
 
 def _default_models() -> list[Path]:

@@ -77,6 +77,21 @@ class Settings(BaseSettings):
         le=4096,
         description="Network rows a step (a guided image takes 2); 0: 8 on CPU, 128 on CUDA.",
     )
+    batching: Literal["continuous", "static"] = Field(
+        "continuous",
+        description="continuous: images join and leave at any step. static, to compare with: a batch is "
+        "closed before it begins, and its images are answered together.",
+    )
+    batch_size: int = Field(
+        0, ge=0, le=4096, description="Images of a static batch; 0: half of max_rows, guided ones."
+    )
+    batch_wait_ms: float = Field(
+        20.0,
+        ge=0,
+        le=60_000,
+        allow_inf_nan=False,
+        description="Milliseconds that the first image of a static batch waits for others.",
+    )
     max_queue_images: int = Field(256, ge=1, le=1_000_000, description="Images that may wait; beyond: 429.")
     max_images_per_request: int = Field(16, ge=1, le=1024, description="Largest num_images of a request.")
     rate_limit_images_per_minute: int = Field(

@@ -4,10 +4,10 @@
     holds the ticket
      any thread              the engine's thread, step by step              its own thread
 
-A request joins at the step after it arrives, and a finished image leaves at once. Other threads never touch
-the scheduler or the slots: they put commands into the inbox, which the engine's thread runs between steps.
-What is shared (the tickets not yet answered, the number of images waiting) is behind one lock that is never
-held during a step.
+A request joins at the step after it arrives, and a finished image leaves at once (what else there is to
+compare with is in batching.py). Other threads never touch the scheduler or the slots: they put commands into
+the inbox, which the engine's thread runs between steps. What is shared (the tickets not yet answered, the
+number of images waiting) is behind one lock that is never held during a step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from service.engine.batching import CONTINUOUS
 from service.engine.decode import Decoder
 from service.engine.request import GenerationRequest, ImageJob, Preview, Ticket, Watcher
 from service.engine.runner import Runner
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from service.engine.batching import Batching
     from service.engine.pipeline import ServedPipeline
     from service.metrics import Metrics
 
@@ -57,9 +59,10 @@ class Engine:
         max_queue_images: int,
         metrics: Metrics,
         priority_aging_s: float = AGING_S,
+        batching: Batching = CONTINUOUS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._scheduler = Scheduler(pipelines, max_rows=max_rows, aging_s=priority_aging_s)
+        self._scheduler = Scheduler(pipelines, max_rows=max_rows, aging_s=priority_aging_s, batching=batching)
         self._runners = {name: Runner(pipeline, num_slots=max_rows) for name, pipeline in pipelines.items()}
         self._decoder = Decoder(pipelines, self)
         self._max_decode_backlog = max_rows
@@ -179,7 +182,9 @@ class Engine:
         """Run one denoising step of one lane; False when there was nothing to do."""
         self._receive()
         self._expire()
-        plan = self._scheduler.schedule(admit=self._decoder.backlog < self._max_decode_backlog)
+        for lane in self._runners:  # those that only waited for an image that has been given up
+            self._hand_over(lane)
+        plan = self._scheduler.schedule(self._clock(), admit=self._decoder.backlog < self._max_decode_backlog)
         if plan is None:
             return False
         self._note_start(plan)
@@ -211,10 +216,11 @@ class Engine:
             self._inbox.get()()
 
     def _wait(self) -> None:
-        """Sleep until there is a command, which is run, or a deadline has come."""
+        """Sleep until there is a command, which is run, a deadline has come, or a batch is to begin."""
         timeout_s = None
-        if self._next_deadline < math.inf:
-            timeout_s = min(max(0.0, self._next_deadline - self._clock()), threading.TIMEOUT_MAX)
+        wake_at = min(self._next_deadline, self._scheduler.opens_at)
+        if wake_at < math.inf:
+            timeout_s = min(max(0.0, wake_at - self._clock()), threading.TIMEOUT_MAX)
         with contextlib.suppress(queue.Empty):
             self._inbox.get(timeout=timeout_s)()
 
@@ -280,15 +286,17 @@ class Engine:
         for job, error in failures.items():
             self._fail(job.ticket, error, stage="denoise")
             self._drop(job.ticket)
-        finished: list[ImageJob] = []
         for job in plan.jobs:
             if job.slot is not None:  # not dropped with a failed image of the same request
                 job.step_index += 1
-                if job.finished:
-                    finished.append(job)
-        if finished:
-            latents = self._runners[plan.lane].take(finished)
-            for job in finished:
+        self._hand_over(plan.lane)
+
+    def _hand_over(self, lane: str) -> None:
+        """Give the finished images that leave the lane to the decoder."""
+        leaving = self._scheduler.leaving(lane)
+        if leaving:
+            latents = self._runners[lane].take(leaving)
+            for job in leaving:
                 self._scheduler.release(job)
                 job.ticket.denoised_at = self._clock()
             self._decoder.submit(latents)

@@ -1,4 +1,4 @@
-"""Which images take the next denoising step. Holds no tensor and knows no device.
+"""Which images take the next denoising step. Holds no tensor and knows neither device nor clock.
 
     lane    one model at one resolution: only its images can share a network call
     slot    a place for one image's latents in a lane; an image holds it from its first step to its last
@@ -16,15 +16,18 @@ their steps cost, and a lane waits at most for a step of each other lane and its
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from service.engine.batching import CONTINUOUS
 from service.engine.request import PRIORITIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from service.engine.batching import Batching
     from service.engine.request import ImageJob, Ticket
 
 __all__ = ["AGING_S", "PlannedStep", "Scheduler"]
@@ -35,7 +38,7 @@ AGING_S: Final = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStep:
-    """The next step: every image of `lane` that holds a slot."""
+    """The next step: every image of `lane` that holds a slot and is not finished."""
 
     lane: str
     jobs: tuple[ImageJob, ...]
@@ -65,6 +68,18 @@ class _Lane:
         return any(self.waiting.values())
 
     @property
+    def num_active(self) -> int:
+        return len(self.active)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(jobs) for queue in self.waiting.values() for jobs in queue.values())
+
+    @property
+    def first_submitted_at(self) -> float:
+        return min(ticket.submitted_at for queue in self.waiting.values() for ticket in queue)
+
+    @property
     def num_rows(self) -> int:
         return sum(job.request.rows_per_image for job in self.active.values())
 
@@ -72,10 +87,20 @@ class _Lane:
 class Scheduler:
     """Queues, slots and turns of all lanes of one device. Used by one thread."""
 
-    def __init__(self, lanes: Iterable[str], *, max_rows: int, aging_s: float = AGING_S) -> None:
+    def __init__(
+        self,
+        lanes: Iterable[str],
+        *,
+        max_rows: int,
+        aging_s: float = AGING_S,
+        batching: Batching = CONTINUOUS,
+    ) -> None:
         if max_rows < 2:
             raise ValueError(f"max_rows: {max_rows} given; a guided image needs 2 or more")
         self.max_rows = max_rows
+        self.opens_at = math.inf
+        """When a lane begins the batch that the last `schedule` held back; infinity: there is none."""
+        self._batching = batching
         self._handicaps_s = {priority: rank * aging_s for rank, priority in enumerate(PRIORITIES)}
         self._lanes = {name: _Lane(name, max_rows) for name in lanes}
         self._virtual_time_s = 0.0
@@ -83,17 +108,12 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Images that wait for a slot."""
-        return sum(
-            len(jobs)
-            for lane in self._lanes.values()
-            for queue in lane.waiting.values()
-            for jobs in queue.values()
-        )
+        return sum(lane.num_waiting for lane in self._lanes.values())
 
     @property
     def num_active(self) -> int:
         """Images that hold a slot."""
-        return sum(len(lane.active) for lane in self._lanes.values())
+        return sum(lane.num_active for lane in self._lanes.values())
 
     def add(self, ticket: Ticket) -> None:
         """Queue the images of a request."""
@@ -102,16 +122,26 @@ class Scheduler:
             lane.virtual_time_s = max(lane.virtual_time_s, self._virtual_time_s)
         lane.waiting[ticket.request.priority][ticket] = deque(ticket.jobs)
 
-    def schedule(self, *, admit: bool = True) -> PlannedStep | None:
-        """The next step, or None when there is nothing to do; `admit` False gives out no further slots."""
-        candidates = [lane for lane in self._lanes.values() if lane.active or (admit and lane.has_waiting)]
+    def schedule(self, now: float, *, admit: bool = True) -> PlannedStep | None:
+        """The next step, or None when there is nothing to do; `admit` False gives out no further slots.
+
+        `now` is a reading of the clock that the requests were submitted by.
+        """
+        openings = {
+            lane.name: self._batching.opens_at(lane) for lane in self._lanes.values() if lane.has_waiting
+        }
+        self.opens_at = min((at for at in openings.values() if at > now), default=math.inf)
+        admitting = {name for name, at in openings.items() if admit and at <= now}
+        candidates = [lane for lane in self._lanes.values() if lane.active or lane.name in admitting]
         if not candidates:
             return None
         lane = min(candidates, key=lambda candidate: candidate.virtual_time_s)
         self._virtual_time_s = lane.virtual_time_s
-        if admit:
+        if lane.name in admitting:
             self._fill_slots(lane)
-        return PlannedStep(lane=lane.name, jobs=tuple(lane.active.values()))
+        return PlannedStep(
+            lane=lane.name, jobs=tuple(job for job in lane.active.values() if not job.finished)
+        )
 
     def charge(self, lane: str, seconds: float) -> None:
         """Book device time that a step of `lane` took."""
@@ -138,9 +168,13 @@ class Scheduler:
         while any(heads):
             yield min((head for head in heads if head), key=lambda head: self._counts_as(head[0])).popleft()
 
+    def leaving(self, lane: str) -> tuple[ImageJob, ...]:
+        """Finished images of a lane that go to the decoder now, still in their slots."""
+        return self._batching.leaving(self._lanes[lane].active.values())
+
     def _fill_slots(self, lane: _Lane) -> None:
         rows_left = self.max_rows - lane.num_rows
-        while lane.has_waiting and lane.free_slots:
+        while lane.has_waiting and lane.free_slots and lane.num_active < self._batching.max_images:
             ticket = min((next(iter(queue)) for queue in lane.waiting.values() if queue), key=self._counts_as)
             queue = lane.waiting[ticket.request.priority]
             jobs = queue[ticket]

@@ -7,6 +7,7 @@ the steps of the engine and of the decoder itself, and time passes when it says 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prometheus_client.parser import text_string_to_metric_families
 
 import service.engine.engine
+from service.engine.batching import CONTINUOUS, Batching, StaticBatching
 from service.engine.decode import Decoder
 from service.engine.engine import Engine
 from service.engine.request import PRIORITIES, GenerationRequest, ImageJob, Priority, Ticket
@@ -29,6 +31,7 @@ AGING_S = 4.0
 STEP_S = 1 / 64  # exact in binary, as are all other times: deadlines are met to the tick
 FAULTY = 4  # the class whose images fail while the network is broken
 LANES = ("a", "b")
+STATIC = StaticBatching(max_images=3, wait_s=0.25)
 
 
 class SteppedDecoder(Decoder):
@@ -45,6 +48,8 @@ class SteppedDecoder(Decoder):
 class EngineMachine(RuleBasedStateMachine):
     """An engine of two models and the requests that it was given."""
 
+    batching: Batching = CONTINUOUS
+
     def __init__(self) -> None:
         super().__init__()
         self.now = 1000.0
@@ -60,6 +65,7 @@ class EngineMachine(RuleBasedStateMachine):
                 max_queue_images=MAX_QUEUE_IMAGES,
                 metrics=self.metrics,
                 priority_aging_s=AGING_S,
+                batching=self.batching,
                 clock=lambda: self.now,
             )
         self.scheduler = self.engine._scheduler
@@ -211,7 +217,8 @@ class EngineMachine(RuleBasedStateMachine):
     def slots_are_free_or_held_by_one_image(self) -> None:
         for lane in self.scheduler._lanes.values():
             assert sorted([*lane.free_slots, *lane.active]) == list(range(MAX_ROWS))
-            assert all(job.slot == slot and not job.finished for slot, job in lane.active.items())
+            assert all(job.slot == slot for slot, job in lane.active.items())
+            assert not lane.active or not all(job.finished for job in lane.active.values())
 
     @invariant()
     def steps_keep_to_the_budget(self) -> None:
@@ -223,14 +230,19 @@ class EngineMachine(RuleBasedStateMachine):
         assert all(count == job.result.done() for job, count in self.answers.items())
 
     def teardown(self) -> None:
-        """Finish what was accepted, in no more steps than there is work; then look at every answer."""
+        """Finish what was accepted, in no more steps than there is work; then look at every answer.
+
+        Where the engine waits for a batch to fill, its time passes.
+        """
         left = sum(
             ticket.request.num_images * ticket.request.num_inference_steps - ticket.steps_done
             for ticket in self.tickets
             if not ticket.done
         )
         for _ in range(left + 1):
-            self.take_step()
+            if not self.take_step() and self.scheduler.opens_at < math.inf:
+                self.now = self.scheduler.opens_at
+                self.take_step()
             self.decode()
         self.engine.drain()
         for _ in range(self.decoder.backlog):
@@ -288,5 +300,36 @@ def counts_as_submitted(ticket: Ticket) -> float:
     return ticket.submitted_at + AGING_S * PRIORITIES.index(ticket.request.priority)
 
 
+class StaticEngineMachine(EngineMachine):
+    """The same with static batches: closed when they begin, and answered together."""
+
+    batching = STATIC
+
+    def take_step(self) -> bool:
+        began = self.now
+        before = {name: set(lane.active.values()) for name, lane in self.scheduler._lanes.items()}
+        waiting = [
+            job
+            for ticket in self.tickets
+            if not ticket.done and ticket.deadline > began
+            for job in ticket.jobs
+            if job.slot is None and job.step_index == 0
+        ]
+        worked = super().take_step()
+        for name, lane in self.scheduler._lanes.items():
+            batch = set(lane.active.values())
+            if batch & before[name]:
+                assert batch <= before[name]  # nobody has joined
+                assert all(job.ticket.done for job in before[name] - batch)  # who left was given up
+            elif batch:
+                of_lane = [job.ticket for job in waiting if job.request.model == name]
+                waited_s = began - min(ticket.submitted_at for ticket in of_lane)
+                assert len(batch) <= STATIC.max_images
+                assert len(of_lane) >= STATIC.max_images or waited_s >= STATIC.wait_s
+        return worked
+
+
 TestEngineStates = EngineMachine.TestCase
-TestEngineStates.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestStaticEngineStates = StaticEngineMachine.TestCase
+for case in (TestEngineStates, TestStaticEngineStates):
+    case.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)

@@ -37,7 +37,7 @@ def ticket(
 
 def run(scheduler: Scheduler, cost_s: float = 1.0) -> PlannedStep | None:
     """One step as the engine takes it: advance, release what is finished, charge."""
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     if plan is not None:
         for job in plan.jobs:
             job.step_index += 1
@@ -52,7 +52,7 @@ def test_schedule_packs_rows_up_to_the_budget() -> None:
     guided, unguided = ticket(num_images=2), ticket(num_images=3, guided=False)
     scheduler.add(guided)
     scheduler.add(unguided)
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert plan is not None
     assert plan.num_rows == 5
     assert [job.ticket for job in plan.jobs] == [guided, unguided, guided]
@@ -78,7 +78,7 @@ def test_schedule_gives_slots_to_requests_in_turn() -> None:
     crowd, single = ticket(num_images=16, steps=1), ticket(steps=1)
     scheduler.add(crowd)
     scheduler.add(single)
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert plan is not None
     assert {job.ticket for job in plan.jobs} == {crowd, single}
 
@@ -104,7 +104,7 @@ def test_schedule_a_high_crowd_takes_slots_before_a_normal_one_and_leaves_it_the
     normal, high = ticket(num_images=4), ticket(num_images=2, priority="high", at=1.0)
     scheduler.add(normal)
     scheduler.add(high)
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert plan is not None
     assert [job.ticket for job in plan.jobs] == [high, high, normal]
 
@@ -156,9 +156,9 @@ def test_schedule_joins_new_images_at_the_next_step() -> None:
 def test_schedule_admits_nobody_when_told_so() -> None:
     scheduler = Scheduler(["a"], max_rows=4)
     scheduler.add(ticket())
-    assert scheduler.schedule(admit=False) is None
+    assert scheduler.schedule(0.0, admit=False) is None
     assert scheduler.num_waiting == 1
-    assert scheduler.schedule() is not None
+    assert scheduler.schedule(0.0) is not None
 
 
 def test_lanes_share_time_whatever_their_steps_cost() -> None:
@@ -167,7 +167,7 @@ def test_lanes_share_time_whatever_their_steps_cost() -> None:
     scheduler.add(ticket("dear", steps=1000))
     used = {"cheap": 0.0, "dear": 0.0}
     for _ in range(500):
-        plan = scheduler.schedule()
+        plan = scheduler.schedule(0.0)
         assert plan is not None
         cost_s = 4.0 if plan.lane == "dear" else 1.0
         used[plan.lane] += cost_s
@@ -201,10 +201,10 @@ def test_drop_frees_slots_and_queue_places_once() -> None:
     dropped, other = ticket(num_images=5), ticket()
     scheduler.add(dropped)
     scheduler.add(other)
-    scheduler.schedule()
+    scheduler.schedule(0.0)
     assert scheduler.drop(dropped) == 4
     assert scheduler.drop(dropped) == 0
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert plan is not None
     assert [job.ticket for job in plan.jobs] == [other]
 

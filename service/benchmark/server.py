@@ -1,4 +1,4 @@
-"""A real `lamamba serve` in a process of its own, on a free port of the loopback interface."""
+"""A real server in a process of its own, on a free port of the loopback interface."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import httpx
 
-_ROOT = Path(__file__).resolve().parent.parent
+__all__ = ["PORT", "RunningServer", "running_command", "running_server", "serve_command"]
+
+PORT: Final = "{port}"
+"""What stands for the port in a command."""
+
+_ROOT = Path(__file__).resolve().parents[2]
 _POLL_S = 0.02
 _START_LIMIT_S = 120.0
 _END_LIMIT_S = 30.0
@@ -50,12 +56,31 @@ def running_server(
 
     `environment`: further LAMAMBA_* variables; those of this process are not passed on.
     """
-    port = _free_port()
+    options = [argument for model in models for argument in ("--models", str(model.resolve()))]
+    with running_command(serve_command(options), environment=environment) as server:
+        yield server
+
+
+def serve_command(options: Sequence[str]) -> list[str]:
+    """The command of `lamamba serve` with further options."""
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", PORT, "--log-level", "warning"]
+    return [*command, *options]
+
+
+@contextmanager
+def running_command(
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None
+) -> Iterator[RunningServer]:
+    """Start a server that has our probes, wait until it is ready, end it after use.
+
+    `{port}` in the command stands for a free port; it runs in the repository's root. Raises RuntimeError
+    where it ends, or is not ready after two minutes.
+    """
+    port = str(_free_port())
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LAMAMBA_")}
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port), "--log-level", "warning"]
-    command += [argument for model in models for argument in ("--models", str(model.resolve()))]
+    arguments = [argument.replace(PORT, port) for argument in command]
     started = time.monotonic()
-    process = subprocess.Popen(command, cwd=_ROOT, env=inherited | dict(environment or {}))
+    process = subprocess.Popen(arguments, cwd=_ROOT, env=inherited | dict(environment or {}))
     try:
         url = f"http://127.0.0.1:{port}"
         live_s = _wait_for(process, f"{url}/health/live", started)
@@ -74,14 +99,14 @@ def _wait_for(process: subprocess.Popen[bytes], url: str, started: float) -> flo
     """Seconds from `started` until `url` answers 200. Raises RuntimeError where it never does."""
     while time.monotonic() - started < _START_LIMIT_S:
         if process.poll() is not None:
-            raise RuntimeError(f"lamamba serve ended with {process.returncode} before it was ready")
+            raise RuntimeError(f"the server ended with {process.returncode} before it was ready")
         try:
             if httpx.get(url, timeout=5.0, trust_env=False).status_code == 200:
                 return time.monotonic() - started
         except httpx.TransportError:
             pass  # not listening yet
         time.sleep(_POLL_S)
-    raise RuntimeError(f"lamamba serve was not ready after {_START_LIMIT_S:.0f} s")
+    raise RuntimeError(f"the server was not ready after {_START_LIMIT_S:.0f} s")
 
 
 def _free_port() -> int:

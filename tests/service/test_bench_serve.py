@@ -1,0 +1,221 @@
+"""service/benchmark: if this fails, published latencies are not what users would meet."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from typer.testing import CliRunner
+
+from service.app import create_app
+from service.benchmark.arrivals import PlannedRequest, plan_requests
+from service.benchmark.load import Outcome, open_loop
+from service.benchmark.mix import DEFAULT_MIX, MixEntry, load_mix
+from service.benchmark.summary import percentiles, saturated_images_per_s, summarize
+from service.cli import app
+from service.settings import Settings
+from tests.fakes import fake_pipeline
+
+ENTRY = MixEntry(steps=2, resolution=16)
+TIMEOUT_S = 30.0
+
+
+def bench(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def server_url() -> Iterator[str]:
+    """A real server of a fake model, on a socket, in a thread of this process."""
+    config = uvicorn.Config(create_app(Settings(), (fake_pipeline(),)), log_level="error")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(TIMEOUT_S)
+
+
+def test_poisson_arrivals_have_the_rate_and_spread_of_a_poisson_process() -> None:
+    planned = plan_requests(DEFAULT_MIX, rate_per_s=5.0, num_requests=20_000)
+    gaps = np.diff([request.at_s for request in planned])
+    assert gaps.mean() == pytest.approx(0.2, rel=0.03)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)
+
+
+def test_bursts_come_at_once_and_keep_the_rate() -> None:
+    planned = plan_requests(DEFAULT_MIX, rate_per_s=5.0, num_requests=20_000, burst=8)
+    times = [request.at_s for request in planned]
+    assert all(len(set(times[start : start + 8])) == 1 for start in range(0, 20_000, 8))
+    assert len(planned) / times[-1] == pytest.approx(5.0, rel=0.06)
+
+
+def test_a_seed_fixes_a_run_and_another_rate_only_scales_it() -> None:
+    plan = plan_requests(DEFAULT_MIX, rate_per_s=1.0, num_requests=50, seed=3)
+    assert plan == plan_requests(DEFAULT_MIX, rate_per_s=1.0, num_requests=50, seed=3)
+    assert plan != plan_requests(DEFAULT_MIX, rate_per_s=1.0, num_requests=50, seed=4)
+    faster = plan_requests(DEFAULT_MIX, rate_per_s=2.0, num_requests=50, seed=3)
+    assert [request.body for request in faster] == [request.body for request in plan]
+    assert [2 * request.at_s for request in faster] == pytest.approx([request.at_s for request in plan])
+
+
+def test_kinds_come_by_weight_and_nothing_comes_too_late() -> None:
+    mix = (MixEntry(steps=1, weight=3), MixEntry(steps=2, weight=1))
+    planned = plan_requests(mix, rate_per_s=10.0, num_requests=20_000, max_seconds=500.0)
+    assert planned[-1].at_s <= 500.0
+    assert len(planned) < 6000
+    assert np.mean([request.entry is mix[0] for request in planned]) == pytest.approx(0.75, abs=0.02)
+
+
+def test_arrivals_do_not_wait_for_answers() -> None:
+    """A server that answers nothing before it has everything: a generator that waits would never end."""
+    everyone = threading.Barrier(20)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            everyone.wait(TIMEOUT_S)
+            self.send_response(200)
+            self.send_header("content-length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        planned = [PlannedRequest(at_s=0.005 * i, entry=ENTRY, body=ENTRY.body(i)) for i in range(20)]
+        url = f"http://127.0.0.1:{server.server_port}"
+        outcomes = asyncio.run(open_loop(url, planned, timeout_s=TIMEOUT_S))
+        server.shutdown()
+        thread.join(TIMEOUT_S)
+    assert [outcome.status for outcome in outcomes] == ["200"] * 20
+    assert max(outcome.sent_s for outcome in outcomes) <= min(outcome.done_s for outcome in outcomes)
+
+
+def outcome(latency_s: float, *, at_s: float = 0.0, status: str = "200", entry: MixEntry = ENTRY) -> Outcome:
+    return Outcome(entry=entry, at_s=at_s, sent_s=at_s, done_s=at_s + latency_s, status=status)
+
+
+def test_percentiles_are_linear_between_values() -> None:
+    assert percentiles([float(value) for value in range(101)]) == {
+        "p50": 50.0,
+        "p95": 95.0,
+        "p99": 99.0,
+        "mean": 50.0,
+    }
+    assert percentiles([]) is None
+
+
+def test_goodput_counts_answers_in_time_by_the_entrys_own_limit_first() -> None:
+    strict = MixEntry(steps=5, slo_s=1.0)
+    outcomes = [
+        *(outcome(1.5), outcome(4.0), outcome(0.1, status="429")),
+        *(outcome(0.5, entry=strict), outcome(1.5, entry=strict)),
+    ]
+    figures = summarize(outcomes, slo_s=2.0)
+    assert figures["overall"]["images_per_s"] == 1.0
+    assert figures["overall"]["goodput_images_per_s"] == 0.5
+    assert figures["overall"]["slo_share"] == 0.4
+    assert figures["overall"]["statuses"] == {"200": 4, "429": 1}
+    assert figures["by_entry"]["5-steps"]["slo_share"] == 0.5
+    assert summarize(outcomes[:1])["overall"]["goodput_images_per_s"] is None
+
+
+def test_capacity_leaves_out_the_beginning_and_the_end() -> None:
+    slow_ends = [*(outcome(10.0 + i) for i in range(2)), *(outcome(11.0 + 0.5 * i) for i in range(1, 9))]
+    tail = [outcome(100.0), outcome(200.0)]
+    assert saturated_images_per_s([*slow_ends, *tail], 2) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="requests: 4 answered with a concurrency of 2"):
+        saturated_images_per_s(slow_ends[:4], 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("- steps: 0", "entry 1: steps: 0 given; Input should be greater", id="range"),
+        pytest.param('- steps: 5\n- steps: "5"', 'entry 2: steps: "5" given', id="type"),
+        pytest.param("- weight: 1", "entry 1: steps: none given; steps is required", id="missing"),
+        pytest.param("- {steps: 5, stpes: 4}", "stpes: 4 given; accepted fields are steps", id="unknown"),
+        pytest.param("- {steps: 5, sampler: euler}", 'sampler: "euler" given', id="sampler"),
+        pytest.param("[{steps: 5}, {steps: 5}]", "name: 5-steps given 2 times", id="names"),
+        pytest.param("steps: 5", "a list of one or more entries is accepted", id="no-list"),
+        pytest.param("[", "it is neither YAML nor JSON", id="syntax"),
+    ],
+)
+def test_a_wrong_mix_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mix.yaml"
+    file.write_text(text)
+    code, output = bench("serve", "--rate", "1", "--mix", str(file))
+    assert (code, output.count("\n")) == (2, 1), output
+    assert message in output
+
+
+def test_a_mix_is_read_from_json_as_from_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "mix.json"
+    file.write_text(json.dumps([{"steps": 3, "weight": 2, "class_id": "forest", "cfg_scale": 1}]))
+    (entry,) = load_mix(file)
+    assert entry.body(7) == {
+        "seed": 7,
+        "steps": 3,
+        "sampler": "dpm++",
+        "cfg_scale": 1.0,
+        "class_id": "forest",
+        "num_images": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param([], "rate: None given with concurrency None", id="no-load"),
+        pytest.param(["--rate", "1", "--arrivals", "burst:0"], "arrivals: burst:0 given", id="arrivals"),
+        pytest.param(["--rate", "1", "--requests", "0"], "requests: 0 given", id="requests"),
+        pytest.param(["--rate", "1", "--slo-s", "-1"], "slo_s: -1 given", id="slo"),
+        pytest.param(["--rate", "1", "--url", "http://127.0.0.1:9"], "no server answers there", id="url"),
+    ],
+)
+def test_bench_serve_refuses_bad_input_in_one_line(arguments: list[str], message: str) -> None:
+    code, output = bench("serve", *arguments)
+    assert code == 2, output
+    assert message in output
+
+
+def test_bench_serve_measures_a_server(server_url: str, tmp_path: Path) -> None:
+    mix = tmp_path / "mix.yaml"
+    mix.write_text("- {steps: 2, resolution: 16}\n- {steps: 5, resolution: 16}")
+    common = ("--url", server_url, "--mix", str(mix), "--requests", "12", "--output-dir", str(tmp_path))
+    started = time.monotonic()
+    code, output = bench("serve", *common, "--rate", "200", "--slo-s", "20")
+    assert code == 0, output
+    assert time.monotonic() - started < TIMEOUT_S
+    content = json.loads((tmp_path / "serve.json").read_text())
+    overall = content["run"]["overall"]
+    assert overall["statuses"] == {"200": 12}
+    assert overall["goodput_images_per_s"] == overall["images_per_s"] > 0
+    assert all(overall["stages_s"][stage]["p99"] >= 0 for stage in ("queue", "denoise", "decode", "encode"))
+    assert set(content["run"]["by_entry"]) == {"2-steps", "5-steps"}
+    assert {"command", "packages", "cpu", "cpus"} <= content["environment"].keys()
+    code, output = bench("serve", *common, "--concurrency", "3", "--name", "full")
+    assert code == 0, output
+    assert json.loads((tmp_path / "full.json").read_text())["run"]["saturated_images_per_s"] > 0
+
+
+def test_bench_serve_repeats_the_servers_refusal(server_url: str) -> None:
+    code, output = bench("serve", "--url", server_url, "--rate", "1")
+    assert code == 2
+    assert "10-steps: the server answers 422: resolution: 128 given" in output
