@@ -57,6 +57,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="all, or numbers as in 0,1: an engine on each, in --device's place.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     scan_backend: Annotated[
         str | None, typer.Option(help="auto, reference, vectorized, mamba_cuda or triton.")
@@ -86,6 +89,7 @@ def serve(
             host=host,
             port=port,
             device=device,
+            gpus=gpus,
             dtype=dtype,
             scan_backend=scan_backend,
             compile=compile,

@@ -90,11 +90,13 @@ class Metrics:
         self._gauge("images_per_second", "Images finished a second, over the last minute.").set_function(
             self.image_rate.per_second
         )
-        self._requests_running = self._gauge("num_requests_running", "Requests with work on the device.")
-        self._requests_waiting = self._gauge(
-            "num_requests_waiting", "Requests none of whose images has started."
+        self._requests_running = self._gauge(
+            "num_requests_running", "Requests with work on the device.", "device"
         )
-        self._images_waiting = self._gauge("queue_images", "Images that wait for a slot.")
+        self._requests_waiting = self._gauge(
+            "num_requests_waiting", "Requests none of whose images has started.", "device"
+        )
+        self._images_waiting = self._gauge("queue_images", "Images that wait for a slot.", "device")
         for stage in STAGES:
             self.stage_latency.labels(stage)  # shown from the start, with zeros
         for stage in ("denoise", "decode"):
@@ -104,15 +106,18 @@ class Metrics:
 
     def read_load(
         self,
+        device: object,
         *,
         requests_running: Callable[[], float],
         requests_waiting: Callable[[], float],
         images_waiting: Callable[[], float],
     ) -> None:
-        """Name the functions that the load gauges read at each scrape, so that they are never stale."""
-        self._requests_running.set_function(requests_running)
-        self._requests_waiting.set_function(requests_waiting)
-        self._images_waiting.set_function(images_waiting)
+        """Name the functions that the load gauges of a device read at each scrape, so that they are never
+        stale.
+        """
+        self._requests_running.labels(device).set_function(requests_running)
+        self._requests_waiting.labels(device).set_function(requests_waiting)
+        self._images_waiting.labels(device).set_function(images_waiting)
 
     def count_image(self) -> None:
         """Count one finished image."""
@@ -126,8 +131,8 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace="lamamba", registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, namespace="lamamba", registry=self.registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, namespace="lamamba", registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, text, labels, namespace="lamamba", registry=self.registry, buckets=buckets)

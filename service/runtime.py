@@ -25,6 +25,7 @@ from model.pretrained import PRETRAINED_RESOLUTIONS, default_model_dir
 from service.catalog import Catalog, ServedModel
 from service.engine.batching import CONTINUOUS, StaticBatching
 from service.engine.engine import Engine
+from service.engine.group import EngineGroup
 from service.errors import Draining, EngineStopped, NotReady, StartupError
 from service.logs import adopt_library_logs
 from service.metrics import Metrics
@@ -72,7 +73,7 @@ class Runtime:
         logged as well."""
         self._given = pipelines
         self._catalog: Catalog | None = None
-        self._engine: Engine | None = None
+        self._engine: EngineGroup | None = None
         self._draining = False
 
     @property
@@ -102,8 +103,8 @@ class Runtime:
         return self._catalog
 
     @property
-    def engine(self) -> Engine:
-        """The engine. Raises NotReady or Draining when it takes no requests."""
+    def engine(self) -> EngineGroup:
+        """The engines. Raises NotReady or Draining when it takes no requests."""
         if self._engine is None:
             raise self._not_ready()
         if self._draining:
@@ -147,7 +148,9 @@ class Runtime:
     def _start(self) -> None:
         settings = self.settings
         prepare_process()
-        pipelines = self._given if self._given is not None else [*self._load()]
+        devices = self._devices() if self._given is None else [self._given[0].device]
+        loaded = [self._load(device) for device in devices] if self._given is None else [self._given]
+        pipelines = loaded[0]
         try:
             catalog = Catalog(
                 tuple(
@@ -160,14 +163,9 @@ class Runtime:
                     for pipeline in pipelines
                 )
             )
-            max_rows = settings.max_rows or _MAX_ROWS[pipelines[0].device.type]
-            engine = Engine(
-                {pipeline.name: pipeline for pipeline in pipelines},
-                max_rows=max_rows,
-                max_queue_images=settings.max_queue_images,
-                metrics=self.metrics,
-                priority_aging_s=settings.priority_aging_s,
-                batching=_batching(settings, max_rows),
+            engine = EngineGroup(
+                [self._engine_of(pipelines, len(devices)) for pipelines in loaded],
+                rebuild=lambda index: self._engine_of(self._load(devices[index]), len(devices)),
             )
         except ValueError as error:
             raise StartupError(str(error)) from error
@@ -179,16 +177,30 @@ class Runtime:
             raise StartupError(f"the first image failed: {reason}") from error
         self._catalog, self._engine = catalog, engine
 
-    def _load(self) -> list[ServedPipeline]:
+    def _engine_of(self, pipelines: Sequence[ServedPipeline], num_engines: int) -> Engine:
+        settings = self.settings
+        max_rows = settings.max_rows or _MAX_ROWS[pipelines[0].device.type]
+        return Engine(
+            {pipeline.name: pipeline for pipeline in pipelines},
+            max_rows=max_rows,
+            max_queue_images=-(-settings.max_queue_images // num_engines),
+            metrics=self.metrics,
+            priority_aging_s=settings.priority_aging_s,
+            batching=_batching(settings, max_rows),
+        )
+
+    def _devices(self) -> list[torch.device]:
+        try:
+            return serving_devices(self.settings.device, self.settings.gpus)
+        except ValueError as error:
+            raise StartupError(str(error)) from error
+
+    def _load(self, device: torch.device) -> list[ServedPipeline]:
         # diffusers takes seconds to import: here the server answers its probes meanwhile.
         from model.pipeline import LaMambaPipeline
 
         adopt_library_logs()
         settings = self.settings
-        try:
-            device = resolve_device(None if settings.device == "auto" else settings.device)
-        except ValueError as error:
-            raise StartupError(str(error)) from error
         pipelines: list[ServedPipeline] = []
         for folder in settings.models or _default_models():
             try:
@@ -213,6 +225,21 @@ class Runtime:
             )
             pipelines.append(pipeline)
         return pipelines
+
+
+def serving_devices(device: str, gpus: str) -> list[torch.device]:
+    """The devices of the settings of these names, one an engine.
+
+    Raises ValueError for one that this machine does not have.
+    """
+    if not gpus:
+        return [resolve_device(None if device == "auto" else device)]
+    if device != "auto":
+        raise ValueError(f"gpus: {gpus} given beside device {device}; one of the two is accepted")
+    if gpus == "all":
+        resolve_device("cuda")
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [resolve_device(f"cuda:{index}") for index in gpus.split(",")]
 
 
 def _batching(settings: Settings, max_rows: int) -> Batching:

@@ -24,6 +24,7 @@ __all__ = ["ENVIRONMENT_PREFIX", "Settings", "load_settings"]
 
 ENVIRONMENT_PREFIX = "LAMAMBA_"
 
+_GPUS = re.compile(r"(all|\d+(,\d+)*)?")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _HIDDEN: Final = ("api_keys",)
 """Whose values no message repeats: a key may stand there by mistake."""
@@ -56,6 +57,10 @@ class Settings(BaseSettings):
         None, description="A file of further keys, one name:hash a line; # begins a comment."
     )
     device: str = Field("auto", description="auto (CUDA where there is a device), cpu, cuda or cuda:N.")
+    gpus: str = Field(
+        "",
+        description="In device's place: all, or CUDA devices' numbers, as in 0,1; an engine on each.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="The network's number format; auto: float32 on CPU, on CUDA what the model says."
     )
@@ -155,6 +160,13 @@ class Settings(BaseSettings):
     def _check_device(cls, value: str) -> str:
         if not _DEVICE.fullmatch(value):
             raise ValueError("accepted are auto, cpu, cuda and cuda:N")
+        return value
+
+    @field_validator("gpus")
+    @classmethod
+    def _check_gpus(cls, value: str) -> str:
+        if not _GPUS.fullmatch(value) or len(set(value.split(","))) < len(value.split(",")):
+            raise ValueError("accepted are all, or different numbers as in 0,1")
         return value
 
     @field_validator("default_timeout_s")

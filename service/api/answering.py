@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive
 
     from service.catalog import ServedModel
-    from service.engine.engine import Engine
+    from service.engine.group import EngineGroup
     from service.engine.request import ImageJob, Ticket
     from service.runtime import Runtime
 
@@ -34,7 +34,7 @@ _Result = TypeVar("_Result")
 
 
 async def attended(
-    receive: Receive, engine: Engine, ticket: Ticket, work: Coroutine[Any, Any, _Result]
+    receive: Receive, engine: EngineGroup, ticket: Ticket, work: Coroutine[Any, Any, _Result]
 ) -> _Result | None:
     """What `work` returns, or None if the client leaves first; either way the ticket is closed then."""
     answer = asyncio.create_task(work)

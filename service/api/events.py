@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from service.api.answering import Answer
-    from service.engine.engine import Engine
+    from service.engine.group import EngineGroup
     from service.engine.request import ImageJob, Preview
 
 __all__ = [
@@ -149,7 +149,7 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineGroup,
         answer: Answer,
         events: AsyncIterator[bytes | None],
         *,

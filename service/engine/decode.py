@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
+from model.device import make_current
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
@@ -96,14 +98,17 @@ class Decoder:
         for job, latents in zip(finished.jobs, finished.latents, strict=True):
             self._inbox.put(_Item(job, latents, finished.ready))
 
-    def stop(self) -> None:
-        """End the thread once it has decoded what it was given."""
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """End the thread once it has decoded what it was given; False if `timeout_s` was too short."""
         self._inbox.put(None)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         failure: BaseException | None = None
+        for pipeline in self._pipelines.values():
+            make_current(pipeline.device)
         try:
             while batch := self._next_batch():
                 self._decode(batch)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model.device import make_current
 from service.engine.batching import CONTINUOUS
 from service.engine.decode import Decoder
 from service.engine.request import GenerationRequest, ImageJob, Preview, Ticket, Watcher
@@ -62,17 +63,22 @@ class Engine:
         batching: Batching = CONTINUOUS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.device = next(iter(pipelines.values())).device
         self._scheduler = Scheduler(pipelines, max_rows=max_rows, aging_s=priority_aging_s, batching=batching)
         self._runners = {name: Runner(pipeline, num_slots=max_rows) for name, pipeline in pipelines.items()}
         self._decoder = Decoder(pipelines, self)
         self._max_decode_backlog = max_rows
-        self._max_queue_images = max_queue_images
+        self.max_queue_images = max_queue_images
         self._metrics = metrics
         self._clock = clock
 
         self._timed: set[Ticket] = set()  # with a deadline; like the scheduler, the engine's thread's own
         self._next_deadline = math.inf  # of those, or earlier, where one has been closed since
         self._watched: set[Ticket] = set()  # with a watcher and no image started; the engine's thread's too
+
+        self.on_death: Callable[[], None] | None = None
+        """Called once, in a thread of the engine, when it has died: whoever sets it calls `evacuate` for the
+        requests that wait, which else are answered with EngineStopped."""
 
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run_forever, name="lamamba-engine", daemon=True)
@@ -85,6 +91,7 @@ class Engine:
         self._tickets: set[Ticket] = set()
         self._num_waiting_images = 0
         metrics.read_load(
+            self.device,
             requests_running=partial(self._num_requests, started=True),
             requests_waiting=partial(self._num_requests, started=False),
             images_waiting=lambda: self._num_waiting_images,
@@ -108,21 +115,43 @@ class Engine:
         """
         ticket = Ticket(request, submitted_at=self._clock(), watcher=watcher)
         with self._changed:
-            if not self.alive:
-                raise EngineStopped("the engine has stopped; this server is about to be restarted")
+            self._check_alive()
             if self._draining:
                 raise Draining("this server is shutting down and takes no further requests")
             waiting = self._num_waiting_images
-            if waiting + request.num_images > self._max_queue_images:
+            if waiting + request.num_images > self.max_queue_images:
                 raise QueueFull(
                     f"queue: {waiting} images wait and {request.num_images} more were given; "
-                    f"this server accepts {self._max_queue_images}",
+                    f"this server accepts {self.max_queue_images}",
                     retry_after_s=self.estimated_wait_s(waiting),
                 )
-            self._num_waiting_images += request.num_images
-            self._tickets.add(ticket)
-            self._inbox.put(partial(self._accept, ticket))
+            self._enqueue(ticket)
         return ticket
+
+    def adopt(self, ticket: Ticket) -> None:
+        """Accept a request that another engine had accepted, however full the queue is.
+
+        Raises EngineStopped.
+        """
+        with self._changed:
+            self._check_alive()
+            self._enqueue(ticket)
+
+    def evacuate(self, timeout_s: float) -> list[Ticket]:
+        """Of an engine that has died: the requests that wait for an answer, for another to adopt.
+
+        If its threads do not end within `timeout_s` each, they might yet answer: then none.
+        """
+        ended = self._decoder.stop(timeout_s)
+        self._thread.join(timeout_s)
+        if not ended or self._thread.is_alive():
+            self._fail_all(EngineStopped("the engine has stopped and does not end"))
+            return []
+        with self._changed:
+            tickets, self._tickets = self._tickets, set()
+            self._num_waiting_images = 0
+            self._changed.notify_all()
+        return [ticket for ticket in tickets if not ticket.done]
 
     def cancel(self, ticket: Ticket) -> None:
         """Give a request up: its slots are free at the next step. Does nothing to a finished one."""
@@ -155,6 +184,17 @@ class Engine:
     def alive(self) -> bool:
         """Whether the engine works, or can: False once one of its threads has died."""
         return self._failure is None and not self._stopping
+
+    @property
+    def rows_left(self) -> int:
+        """Network evaluations that the accepted requests still cost, about."""
+        with self._changed:
+            return sum(ticket.rows_left for ticket in self._tickets)
+
+    @property
+    def num_waiting_images(self) -> int:
+        """Images that wait for a slot."""
+        return self._num_waiting_images
 
     @property
     def failure(self) -> BaseException | None:
@@ -200,6 +240,7 @@ class Engine:
 
     def _run_forever(self) -> None:
         try:
+            make_current(self.device)
             for runner in self._runners.values():
                 runner.warm_up(decode_batch=self._decoder.max_batch)
             self._warm.set()
@@ -392,10 +433,24 @@ class Engine:
 
     def _die(self, error: BaseException) -> None:
         _logger.critical("the engine has stopped", exc_info=error)
-        self._failure = error
+        with self._changed:
+            first, self._failure = self._failure is None, error
         self._stopping = True
         self._inbox.put(_nothing)
-        self._fail_all(EngineStopped("the engine has stopped; this server is about to be restarted"))
+        if self.on_death is None:
+            self._fail_all(EngineStopped("the engine has stopped; this server is about to be restarted"))
+        elif first:
+            self.on_death()
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise EngineStopped("the engine has stopped; this server is about to be restarted")
+
+    def _enqueue(self, ticket: Ticket) -> None:
+        """Hand a request to the engine's thread; `_changed` is held."""
+        self._num_waiting_images += len(ticket.unmade)
+        self._tickets.add(ticket)
+        self._inbox.put(partial(self._accept, ticket))
 
     def _fail_all(self, error: Exception) -> None:
         with self._changed:

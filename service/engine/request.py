@@ -124,6 +124,9 @@ class Ticket:
         self.jobs = tuple(
             ImageJob(self, request.image_index + offset) for offset in range(request.num_images)
         )
+        self.unmade = self.jobs
+        """The images that an engine is to make: all, or after `restart` those that have no answer yet."""
+        self.restarts = 0
         self.submitted_at = submitted_at
         self.started_at: float | None = None
         self.denoised_at: float | None = None
@@ -162,6 +165,26 @@ class Ticket:
             "denoise": self.denoised_at - self.started_at,
             "decode": self.decoded_at - self.denoised_at,
         }
+
+    @property
+    def rows_left(self) -> int:
+        """Network evaluations that its images still cost, about: steps and answers go on meanwhile."""
+        steps = sum(
+            self.request.num_inference_steps - job.step_index for job in self.jobs if not job.result.done()
+        )
+        return steps * self.request.rows_per_image
+
+    def restart(self) -> None:
+        """Have the images without an answer made from their first step, by another engine than before.
+
+        No thread of the one before may run any more.
+        """
+        self.unmade = tuple(job for job in self.jobs if not job.result.done())
+        for job in self.unmade:
+            job.slot = None
+            job.step_index = 0
+        self.started_at = self.denoised_at = self.queue_position = None
+        self.restarts += 1
 
     def fail(self, error: Exception) -> bool:
         """Answer every image that has no answer yet with `error`; False if all of them have one."""

@@ -120,7 +120,7 @@ class Scheduler:
         lane = self._lanes[ticket.request.model]
         if not lane.busy:
             lane.virtual_time_s = max(lane.virtual_time_s, self._virtual_time_s)
-        lane.waiting[ticket.request.priority][ticket] = deque(ticket.jobs)
+        lane.waiting[ticket.request.priority][ticket] = deque(ticket.unmade)
 
     def schedule(self, now: float, *, admit: bool = True) -> PlannedStep | None:
         """The next step, or None when there is nothing to do; `admit` False gives out no further slots.

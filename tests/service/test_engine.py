@@ -302,7 +302,7 @@ def test_engine_a_request_whose_time_is_over_is_never_admitted(engine_of: Engine
     assert network.rows_of_calls == [2] * 6
     text = metrics.render().decode()
     assert 'lamamba_deadline_exceeded_total{stage="queue"} 1.0' in text
-    assert "lamamba_queue_images 0.0" in text
+    assert 'lamamba_queue_images{device="cpu"} 0.0' in text
 
 
 def test_engine_the_slots_of_a_request_whose_time_is_over_are_free_at_the_next_step(
@@ -410,7 +410,7 @@ def test_engine_a_decoder_that_dies_during_a_step_leaves_the_queue_empty(engine_
     engine.step()  # the one that was about to begin
     with pytest.raises(EngineStopped):
         images(ticket)
-    assert "lamamba_queue_images 0.0" in metrics.render().decode()
+    assert 'lamamba_queue_images{device="cpu"} 0.0' in metrics.render().decode()
 
 
 def test_engine_start_raises_what_the_warm_up_raised(engine_of: EngineFactory) -> None:
@@ -459,5 +459,5 @@ def test_engine_measures_stages_and_counts_work(engine_of: EngineFactory) -> Non
     assert "lamamba_images_total 3.0" in text
     assert "lamamba_denoising_steps_total 6.0" in text
     assert "lamamba_rows_total 36.0" in text
-    assert "lamamba_num_requests_running 0.0" in text
-    assert "lamamba_num_requests_waiting 0.0" in text
+    assert 'lamamba_num_requests_running{device="cpu"} 0.0' in text
+    assert 'lamamba_num_requests_waiting{device="cpu"} 0.0' in text

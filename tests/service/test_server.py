@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from fastapi import FastAPI
 from PIL import Image
 
@@ -201,7 +202,7 @@ def test_a_model_whose_first_image_fails_is_a_failed_start(fault: str, message: 
 def test_before_the_models_are_loaded_only_liveness_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     loading = threading.Event()
 
-    def load(runtime: Runtime) -> list[LaMambaPipeline]:
+    def load(runtime: Runtime, device: torch.device) -> list[LaMambaPipeline]:
         loading.wait(TIMEOUT_S)
         return [fake_pipeline()]
 
@@ -235,8 +236,8 @@ def test_metrics_have_the_names_that_dashboards_use(client_of: ClientFactory) ->
     assert "lamamba_e2e_request_latency_seconds_count 1.0" in text
     for stage in ("queue", "denoise", "decode", "encode"):
         assert f'lamamba_stage_latency_seconds_count{{stage="{stage}"}} 1.0' in text
-    assert "lamamba_num_requests_running 0.0" in text
-    assert "lamamba_num_requests_waiting 0.0" in text
+    assert 'lamamba_num_requests_running{device="cpu"} 0.0' in text
+    assert 'lamamba_num_requests_waiting{device="cpu"} 0.0' in text
     assert "lamamba_images_per_second 1.0" in text
     assert 'lamamba_requests_total{route="/generate",status="200"} 1.0' in text
     assert 'lamamba_rejections_total{code="invalid_field"} 1.0' in text
