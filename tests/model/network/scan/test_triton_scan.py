@@ -225,6 +225,35 @@ def test_selective_scan_without_gradients_is_the_same() -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_selective_scan_reads_B_and_C_of_one_projection_as_pairs(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_scan, "FILLING_PROGRAMS", 1)
+    assert_pairs_change_nothing(Case(batch=2, grid=(3, 7), d_inner=128, rank=4), "cpu", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_selective_scan_reads_B_and_C_of_one_projection_as_pairs_on_cuda(dtype: torch.dtype) -> None:
+    assert_pairs_change_nothing(Case(batch=128, grid=(32, 32), d_inner=640, rank=20), "cuda", dtype)
+
+
+def assert_pairs_change_nothing(case: Case, device: str, dtype: torch.dtype) -> None:
+    inputs, paths = case.inputs(device, dtype)
+    u, dt, weight, A_log, B, C, D, bias = (tensor.detach() for tensor in inputs)
+    projection = torch.cat([dt, B, C], dim=-1)
+    dt, paired_B, paired_C = projection.split((case.rank, 1, 1), dim=-1)
+    assert triton_scan._are_pairs(paired_B, paired_C)
+    assert not triton_scan._are_pairs(B, C)
+    paired = triton_scan.selective_scan(u, dt, weight, A_log, paired_B, paired_C, D, bias, paths)
+    apart = triton_scan.selective_scan(u, dt, weight, A_log, B, C, D, bias, paths)
+    assert paired.isfinite().all()
+    assert torch.equal(paired, apart)
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("grid", [(4, 8), (8, 9)], ids=["one_tile", "many_tiles"])
 def test_selective_scan_of_a_row_ignores_its_neighbours(grid: tuple[int, int]) -> None:
     (u, dt, weight, A, B, C, D, bias), paths = Case(batch=3, grid=grid).inputs()
