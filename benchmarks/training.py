@@ -42,6 +42,7 @@ from model.autoencoder import Autoencoder
 from model.benchmark.config import PRESETS, architecture
 from model.benchmark.environment import RESULTS, write_results
 from model.benchmark.forward import peer_name
+from model.benchmark.kernels import profile_kernels
 from model.benchmark.networks import DiTSize, EmbeddedOnce, build_dit, build_lamamba
 from model.benchmark.timing import release
 from model.data.latents import LatentCache
@@ -53,6 +54,7 @@ from model.train import Trainer
 from model.train_config import TrainConfig
 
 NUM_CLASSES = 21
+PROFILED_KERNELS = 40
 LEAST_RATIO = 1.4
 """Of images a second of ours to those of DiT of the same size: the goal."""
 PEERS = {peer_name(preset): preset for preset in PRESETS}
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--limit-s", type=float, default=240, help="for one case, compilation included")
+    parser.add_argument("--profile", action="store_true", help="also say which kernels a step's time goes to")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     parser.add_argument("--case", nargs=3, metavar=("NAME", "MODE", "BATCH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -178,6 +181,9 @@ def measure(arguments: argparse.Namespace, name: str, mode: str, batch: int) -> 
         trainer.config = dataclasses.replace(config, cuda_graph=graph)
         try:
             facts |= _row(trainer, arguments.steps)
+            if arguments.profile:
+                profile = profile_kernels(trainer.train_step, device)
+                facts["profile"] = profile | {"kernels": profile["kernels"][:PROFILED_KERNELS]}
         except Exception as error:  # out of memory, or whatever a kernel or a compiler fails with
             facts |= {"failed": one_line(error), "out_of_memory": "out of memory" in str(error).lower()}
         yield facts

@@ -43,10 +43,11 @@ def test_only_a_case_without_any_time_did_not_fit() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "dit-tiny-2"])
 def test_both_networks_train_in_the_trainers_loop(name: str) -> None:
-    arguments = Namespace(networks=[name], device="cpu", side=8, steps=1)
+    arguments = Namespace(networks=[name], device="cpu", side=8, steps=1, profile=True)
     (row,) = measure(arguments, name, "none", 2)
     assert row.get("failed") is None
     assert row["batch_size"] == 2
+    assert 0 < len(row["profile"]["kernels"]) <= 40
     losses = row["losses_of_5_steps"]
     assert len(set(losses)) == 5
     assert all(0.5 < loss < 5 for loss in losses)  # eps's 1 and the bound's
