@@ -208,6 +208,7 @@ def test_who_waits_sees_the_place_in_the_queue(site_of: SiteFactory, open_page: 
             break
         second.wait_for_timeout(20)
     expect(status).to_have_text("Next in the queue")
+    first.get_by_role("button", name="Cancel").click()
     site.gate.release()
     expect(tiles(second)).to_have_count(1)
 
@@ -233,6 +234,26 @@ def test_a_mistake_is_shown_at_its_field_in_the_servers_words(
     page.locator("#settings summary").click()
     generate(page)
     expect(tiles(page)).to_have_count(1)
+
+
+def test_a_failure_on_the_way_is_told_with_its_id_and_the_page_goes_on(
+    site_of: SiteFactory, open_page: PageFactory
+) -> None:
+    site = site_of()
+    page = open_page(site.url)
+    expect(page.get_by_role("button", name="Generate")).to_be_visible()  # the models are warm
+    network: Any = site.pipeline.network
+    network.failing_label = 0
+    generate(page, "forest", seed=1)
+    expect(page.get_by_role("alert").first).to_have_text(re.compile(r"\(request [0-9a-f]{24}\)$"))
+    expect(page.locator("#stage-title")).to_have_text("Nothing here yet")
+    page.route("**/generate", lambda route: route.abort())
+    generate(page, "kitchen")
+    expect(page.get_by_role("alert").first).to_have_text("The server cannot be reached.")
+    page.unroute("**/generate")
+    generate(page, "kitchen")
+    expect(tiles(page)).to_have_count(1)
+    expect(page.locator("#notice")).to_be_hidden()
 
 
 def test_a_reload_keeps_the_gallery_and_delete_can_be_undone(
@@ -293,7 +314,9 @@ def test_the_keyboard_alone_is_enough(site_of: SiteFactory, open_page: PageFacto
 def test_a_server_with_keys_behind_a_proxys_path_asks_for_one(
     site_of: SiteFactory, open_page: PageFactory
 ) -> None:
-    page = open_page(site_of(root_path="/x", api_keys={"tests": key_hash(KEY)}).url)
+    site = site_of(root_path="/x", api_keys={"tests": key_hash(KEY)})
+    page = open_page(site.url.removesuffix("/"))  # as people type it
+    expect(page).to_have_url(site.url)
     expect(page.get_by_role("button", name="Generate")).to_be_hidden()
     page.get_by_label("API key").fill("mistyped")
     page.get_by_role("button", name="Unlock").click()
