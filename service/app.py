@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
-from starlette.responses import RedirectResponse
 
 from service.api import classes, generate, health, images, models
 from service.api.authentication import AuthenticationMiddleware
 from service.api.body_limit import BodyLimitMiddleware
 from service.api.handlers import add_error_handlers
 from service.api.openai import OpenAIErrorBody
+from service.api.page import add_page
 from service.api.request_context import RequestContextMiddleware
 from service.api.schemas import ErrorBody
 from service.api_keys import KeyRing, read_key_file
@@ -83,7 +83,7 @@ def create_app(
             responses={401: _unauthorized(resource)} if keys else None,
         )
     app.include_router(health.router)
-    app.add_api_route("/", _to_docs, include_in_schema=False)
+    add_page(app)
     return app
 
 
@@ -101,7 +101,3 @@ def _key_ring(settings: Settings) -> KeyRing:
 def _unauthorized(resource: ModuleType) -> dict[str, Any]:
     """How the schema describes the 401 of a resource's routes."""
     return {"model": OpenAIErrorBody if resource is images else ErrorBody}
-
-
-async def _to_docs() -> RedirectResponse:
-    return RedirectResponse("docs")

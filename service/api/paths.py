@@ -14,4 +14,6 @@ def route_path(scope: Scope) -> str:
     """The path that routes are matched against: without the root path, where the proxy left it in."""
     path: str = scope["path"]
     root = scope.get("root_path", "")
-    return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
+    if not root or not f"{path}/".startswith(f"{root}/"):
+        return path
+    return path.removeprefix(root) or "/"
