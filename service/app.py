@@ -72,7 +72,10 @@ def create_app(
     add_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(
-        BodyLimitMiddleware, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+        BodyLimitMiddleware,
+        max_bytes=settings.max_body_bytes,
+        timeout_s=settings.body_timeout_s,
+        metrics=runtime.metrics,
     )
     app.add_middleware(AuthenticationMiddleware, keys=keys, metrics=runtime.metrics)
     app.add_middleware(RequestContextMiddleware, metrics=runtime.metrics)

@@ -12,6 +12,8 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +62,7 @@ class Runtime:
     def __init__(self, settings: Settings, pipelines: Sequence[ServedPipeline] | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.metrics.show_build(version=version("lamamba"), torch=torch.__version__)
         self.rate_limits = RateLimits(
             images_per_minute=settings.rate_limit_images_per_minute,
             images_per_day=settings.quota_images_per_day,
@@ -177,7 +180,21 @@ class Runtime:
             engine.stop()
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise StartupError(f"the first image failed: {reason}") from error
+        self._show_loaded(pipelines)
         self._catalog, self._engine = catalog, engine
+
+    def _show_loaded(self, pipelines: Sequence[ServedPipeline]) -> None:
+        self.metrics.show_models(pipeline.name for pipeline in pipelines)
+        device = pipelines[0].device
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            self.metrics.read_gpu_memory(
+                {
+                    "allocated": partial(torch.cuda.memory_allocated, device),
+                    "reserved": partial(torch.cuda.memory_reserved, device),
+                    "total": lambda: total,
+                }
+            )
 
     def _load(self) -> list[ServedPipeline]:
         # diffusers takes seconds to import: here the server answers its probes meanwhile.

@@ -155,6 +155,8 @@ def test_a_body_that_never_comes_is_not_waited_for() -> None:
         return httpx.Response(started[0]["status"])
 
     assert asyncio.run(with_client(app, send_nothing)).status_code == 408
+    runtime: Runtime = app.state.runtime
+    assert b'lamamba_rejections_total{code="body_timeout"} 1.0' in runtime.metrics.render()
 
 
 def test_probes_follow_the_engine(client_of: ClientFactory) -> None:
