@@ -110,6 +110,11 @@ class Metrics:
         )
         self.rejections = self._counter("rejections", "Requests turned away, by error code.", "code")
         self.errors = self._counter("errors", "Requests answered with an error of the server's.", "code")
+        self.idempotent_answers = self._counter(
+            "idempotent_answers",
+            "Requests that another one of their Idempotency-Key has answered: kept or joined.",
+            "source",
+        )
         self.cancellations = self._counter("cancellations", "Requests whose client left before the answer.")
         self.failures = self._counter(
             "failures", "Requests that were accepted and failed, by stage.", "stage"
@@ -161,6 +166,8 @@ class Metrics:
             self.stage_latency.labels(stage)  # shown from the start, with zeros
         for reason in FINISHED_REASONS:
             self.request_success.labels(reason)
+        for source in ("kept", "joined"):
+            self.idempotent_answers.labels(source)
         for stage in ("denoise", "decode"):
             self.failures.labels(stage)
         for stage in ("queue", "denoise", "decode"):

@@ -28,6 +28,7 @@ from service.catalog import Catalog, ServedModel
 from service.engine.batching import CONTINUOUS, StaticBatching
 from service.engine.engine import Engine
 from service.errors import Draining, EngineStopped, NotReady, StartupError
+from service.idempotency import IdempotentAnswers
 from service.logs import adopt_library_logs
 from service.metrics import Metrics
 from service.rate_limits import RateLimits
@@ -67,6 +68,12 @@ class Runtime:
             images_per_minute=settings.rate_limit_images_per_minute,
             images_per_day=settings.quota_images_per_day,
             max_images_per_request=settings.max_images_per_request,
+        )
+        self.idempotent_answers = IdempotentAnswers(
+            max_entries=settings.idempotency_max_entries,
+            max_bytes=settings.idempotency_max_bytes,
+            ttl_s=settings.idempotency_ttl_s,
+            metrics=self.metrics,
         )
         self.encoders = ThreadPoolExecutor(settings.num_encoders, thread_name_prefix="lamamba-encoder")
         self.failure: StartupError | None = None

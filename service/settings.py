@@ -127,6 +127,18 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(
         30.0, gt=0, allow_inf_nan=False, description="Time a client has to send its body, in seconds."
     )
+    idempotency_max_entries: int = Field(
+        1000,
+        ge=0,
+        le=1_000_000,
+        description="Answers that are kept for retries with the same Idempotency-Key; 0: none.",
+    )
+    idempotency_max_bytes: int = Field(
+        67_108_864, ge=0, le=2**40, description="Bytes of all kept answers; a larger answer is not kept."
+    )
+    idempotency_ttl_s: float = Field(
+        3600.0, gt=0, allow_inf_nan=False, description="Time that an answer is kept, in seconds."
+    )
     drain_timeout_s: float = Field(
         60.0, ge=0, allow_inf_nan=False, description="Time that accepted work has to finish after SIGTERM."
     )

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from service.api.answering import Answer
-    from service.engine.engine import Engine
     from service.engine.request import ImageJob, Preview
     from service.metrics import Metrics
 
@@ -150,7 +149,6 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        engine: Engine,
         answer: Answer,
         events: AsyncIterator[bytes | None],
         *,
@@ -160,11 +158,11 @@ class EventStream(StreamingResponse):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         written = _written(events, error_event, answer.runtime.metrics)
         super().__init__(written, media_type="text/event-stream", headers=headers)
-        self._engine = engine
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await attended(receive, self._engine, self._answer.ticket, self.stream_response(send))
+        with contextlib.closing(self._answer):
+            await attended(receive, self.stream_response(send))
 
 
 def event(kind: str, data: dict[str, Any]) -> bytes:
