@@ -100,6 +100,11 @@ class Runtime:
         return None if self._engine is None else self._engine.failure
 
     @property
+    def started(self) -> bool:
+        """Whether the models have been loaded and warmed, whatever has happened since."""
+        return self._engine is not None
+
+    @property
     def idle(self) -> bool:
         """Whether every accepted request is answered."""
         return self._engine is None or self._engine.idle

@@ -25,6 +25,7 @@ __all__ = ["ENVIRONMENT_PREFIX", "Settings", "load_settings"]
 ENVIRONMENT_PREFIX = "LAMAMBA_"
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_ORIGIN: Final = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 _HIDDEN: Final = ("api_keys",)
 """Whose values no message repeats: a key may stand there by mistake."""
 
@@ -46,6 +47,11 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     root_path: str = Field("", description="Path under which a reverse proxy serves this server.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose pages may use this server from a browser, separated by commas, such as "
+        "https://example.org; * for all; empty: none but its own.",
+    )
     api_keys: Annotated[dict[str, str], NoDecode] = Field(
         {},
         repr=False,
@@ -146,9 +152,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_json: bool = Field(False, description="Log records as JSON, one a line.")
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "cors_origins", mode="before")
     @classmethod
-    def _split_models(cls, value: object) -> object:
+    def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
@@ -160,6 +166,15 @@ class Settings(BaseSettings):
             return parse_key_hashes(part for part in value.split(",") if part.strip())
         if isinstance(value, dict):
             return parse_key_hashes(f"{name}:{digest}" for name, digest in value.items())
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [origin for origin in value if not _ORIGIN.fullmatch(origin)]:
+            raise ValueError(
+                f"{shown(wrong[0])} is no origin: accepted are scheme://host, with a port or not, and *"
+            )
         return value
 
     @field_validator("device")

@@ -7,7 +7,7 @@ import base64
 import time
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
@@ -32,7 +32,22 @@ from service.api.schemas import ErrorBody, GenerateRequest, GenerateResponse
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-__all__ = ["router"]
+__all__ = ["FACT_HEADERS", "router"]
+
+FACT_HEADERS: Final = (
+    *(
+        "Model",
+        "Class-Id",
+        "Class-Label",
+        "Cfg-Scale",
+        "Resolution",
+        "Steps",
+        "Sampler",
+        "Seed",
+        "Image-Index",
+    ),
+)
+"""What follows `X-LaMamba-` in the names of the headers of an image."""
 
 router = APIRouter(tags=["generation"])
 

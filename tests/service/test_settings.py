@@ -52,6 +52,8 @@ def test_load_settings_names_an_unknown_variable(
         ("PRIORITY_AGING_S", "-1"),
         ("ROOT_PATH", "no-slash"),
         ("LOG_LEVEL", "loud"),
+        ("CORS_ORIGINS", "example.org"),
+        ("CORS_ORIGINS", "https://example.org/"),
     ],
 )
 def test_load_settings_names_variable_and_value_of_a_wrong_one(
