@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 
-.PHONY: help install serve test test-all check format lint types lock clean
+.PHONY: help install serve test test-all check format lint types docs lock clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -47,6 +47,9 @@ types: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev  ## write docs/settings.md from the settings
+	$(BIN)/python -m service.settings_table docs/settings.md
 
 lock: $(VENV)/.installed-dev  ## write the versions installed in .venv to constraints.txt
 	$(PIP) freeze --exclude-editable | sed -e 's/+cpu$$//' -e '/^pip==/d' | LC_ALL=C sort > constraints.txt

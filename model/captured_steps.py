@@ -57,14 +57,19 @@ class CapturedSteps:
     def __call__(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """What `denoise_step` returns, (images, C, H, W) fp32 each, in tensors of their own."""
         num_images, num_guided = batch.latents.shape[0], batch.guided.shape[0]
-        size = next((size for size in self._sizes if size >= num_images), None)
-        if size is None or _costs_more(num_images + num_guided, size * (2 if num_guided else 1)):
+        size = self._size(num_images, num_guided)
+        if size is None:
             return self._step(batch)
         with self._lock:  # of the tensors that all batches of a size pass through
             held, step = self._captured_step(size, num_guided > 0)
             _fill(held, batch)
             latents, history = step()
             return latents[:num_images].clone(), history[:num_images].clone()
+
+    def num_rows(self, num_images: int, num_guided: int) -> int:
+        """Rows that a step of so many images is run with, those that fill it up included."""
+        size = self._size(num_images, num_guided)
+        return num_images + num_guided if size is None else size * (2 if num_guided else 1)
 
     @torch.inference_mode()
     def capture_all(self, *, max_images: int, conditional: bool) -> None:
@@ -76,6 +81,13 @@ class CapturedSteps:
         for size in (*self._sizes[len(smaller) : len(smaller) + 1], *reversed(smaller)):
             for guided in (True, False) if conditional else (False,):
                 self._captured_step(size, guided)
+
+    def _size(self, num_images: int, num_guided: int) -> int | None:
+        """Images of the captured step that runs a batch; None where it runs uncaptured."""
+        size = next((size for size in self._sizes if size >= num_images), None)
+        if size is None or _costs_more(num_images + num_guided, size * (2 if num_guided else 1)):
+            return None
+        return size
 
     def _captured_step(self, size: int, guided: bool) -> tuple[StepBatch, _Launch]:
         if (size, guided) not in self._captured:

@@ -146,6 +146,12 @@ class LaMambaPipeline:
             network, batch, null_label=self.null_label, guidance_channels=self.guidance_channels
         )
 
+    def num_rows(self, num_images: int, num_guided: int) -> int:
+        """Rows that the network computes in a step of so many images, those that fill it up included."""
+        if isinstance(self.step_function, CapturedSteps):
+            return self.step_function.num_rows(num_images, num_guided)
+        return num_images + num_guided
+
     def prepare_steps(self, *, max_images: int) -> None:
         """Make ready what `denoise_step` makes at the first step of each size, up to so many images."""
         if isinstance(self.step_function, CapturedSteps):

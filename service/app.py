@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
 
 from service.api import classes, generate, health, images, models
 from service.api.authentication import AuthenticationMiddleware
 from service.api.body_limit import BodyLimitMiddleware
+from service.api.generate import FACT_HEADERS
 from service.api.handlers import add_error_handlers
 from service.api.openai import OpenAIErrorBody
 from service.api.page import add_page
@@ -20,6 +22,7 @@ from service.api.request_context import RequestContextMiddleware
 from service.api.schemas import ErrorBody
 from service.api_keys import KeyRing, read_key_file
 from service.errors import StartupError
+from service.idempotency import REPLAYED_HEADER
 from service.runtime import Runtime
 from service.settings import Settings, load_settings
 
@@ -35,6 +38,12 @@ __all__ = ["create_app"]
 _KEY_SCHEMES = [
     Security(HTTPBearer(auto_error=False)),
     Security(APIKeyHeader(name="X-API-Key", auto_error=False)),
+]
+
+_CORS_REQUEST_HEADERS = ["Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "X-Request-ID"]
+_CORS_ANSWER_HEADERS = [
+    *("X-Request-ID", "Retry-After", "Server-Timing", REPLAYED_HEADER),
+    *(f"X-LaMamba-{name}" for name in FACT_HEADERS),
 ]
 
 
@@ -72,10 +81,21 @@ def create_app(
     add_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(
-        BodyLimitMiddleware, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+        BodyLimitMiddleware,
+        max_bytes=settings.max_body_bytes,
+        timeout_s=settings.body_timeout_s,
+        metrics=runtime.metrics,
     )
     app.add_middleware(AuthenticationMiddleware, keys=keys, metrics=runtime.metrics)
     app.add_middleware(RequestContextMiddleware, metrics=runtime.metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=_CORS_REQUEST_HEADERS,
+            expose_headers=_CORS_ANSWER_HEADERS,
+        )
     for resource in (generate, images, models, classes):
         app.include_router(
             resource.router,

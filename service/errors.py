@@ -10,6 +10,7 @@ ServiceError                   500 internal_error
 |   |-- BodyTimeout            408 body_timeout
 |   |-- PayloadTooLarge        413 payload_too_large
 |   |-- UnsupportedMediaType   415 unsupported_media_type
+|   |-- IdempotencyKeyReused   422 idempotency_key_reused
 |   `-- InvalidField           422 invalid_field          names field, value and what is accepted
 |       `-- UnknownField       422 unknown_field
 |-- Retryable                  503 unavailable            the same request may succeed later: Retry-After
@@ -38,6 +39,7 @@ __all__ = [
     "EngineFailure",
     "EngineStopped",
     "GenerationFailed",
+    "IdempotencyKeyReused",
     "InvalidField",
     "InvalidJSON",
     "MethodNotAllowed",
@@ -143,6 +145,13 @@ class UnsupportedMediaType(RequestError):
 
     status = 415
     code = "unsupported_media_type"
+
+
+class IdempotencyKeyReused(RequestError):
+    """The key belongs to another request."""
+
+    status = 422
+    code = "idempotency_key_reused"
 
 
 class InvalidField(RequestError):

@@ -3,6 +3,9 @@
     request -> queue -> denoise -> decode -> encode -> response
                '-- lamamba_stage_latency_seconds{stage} --'   all of it: lamamba_e2e_request_latency_seconds
 
+Stages are timed of requests that were answered with images, the time in the queue
+(lamamba_request_queue_time_seconds) of all that left it for the device.
+
 A `Metrics` owns its registry, so that a process (or a test) can hold several servers. Label values come
 from fixed sets (the names of keys are the operator's): nothing that a client sends becomes a label.
 """
@@ -17,18 +20,48 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from service.errors import EngineStopped, RequestError, Retryable
 
-__all__ = ["METRICS_CONTENT_TYPE", "STAGES", "Metrics", "RateWindow"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from service.errors import ServiceError
+
+__all__ = ["FINISHED_REASONS", "METRICS_CONTENT_TYPE", "STAGES", "Metrics", "RateWindow", "rows_label"]
 
 METRICS_CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 STAGES: Final = ("queue", "denoise", "decode", "encode")
+FINISHED_REASONS: Final = ("stop", "abort", "error", "timeout")
+"""How an accepted request ends, in vLLM's words: made; its client left; failed; over its timeout_s."""
 
 # From a few milliseconds (encoding) to minutes (ddpm at 250 steps behind a full queue).
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+_SECONDS = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    320.0,
+    640.0,
+)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_SHARES = tuple(tenth / 10 for tenth in range(1, 11))
+
+
+def rows_label(num_rows: int) -> str:
+    """The bucket of a step's rows as a label: the least power of two that holds them, or "more"."""
+    return next((str(bound) for bound in _ROWS if num_rows <= bound), "more")
 
 
 class RateWindow:
@@ -67,7 +100,21 @@ class Metrics:
         self.images = self._counter("images", "Images denoised and decoded.")
         self.steps = self._counter("denoising_steps", "Denoising steps run, whatever their number of rows.")
         self.rows = self._counter("rows", "Rows denoised: network evaluations of one image.")
+        self.padded_rows = self._counter(
+            "padded_rows", "Rows computed for no image, which fill a step up to a captured size."
+        )
+        self.request_success = self._counter(
+            "request_success",
+            f"Accepted requests that have ended, by how: {', '.join(FINISHED_REASONS)}.",
+            "finished_reason",
+        )
         self.rejections = self._counter("rejections", "Requests turned away, by error code.", "code")
+        self.errors = self._counter("errors", "Requests answered with an error of the server's.", "code")
+        self.idempotent_answers = self._counter(
+            "idempotent_answers",
+            "Requests that another one of their Idempotency-Key has answered: kept or joined.",
+            "source",
+        )
         self.cancellations = self._counter("cancellations", "Requests whose client left before the answer.")
         self.failures = self._counter(
             "failures", "Requests that were accepted and failed, by stage.", "stage"
@@ -82,10 +129,22 @@ class Metrics:
         self.stage_latency = self._histogram(
             "stage_latency_seconds", "Time a request spent in a stage.", _SECONDS, "stage"
         )
+        self.request_queue_time = self._histogram(
+            "request_queue_time_seconds", "From a request's acceptance to its first step.", _SECONDS
+        )
+        self.time_to_first_preview = self._histogram(
+            "time_to_first_preview_seconds", "From a request's acceptance to its first preview.", _SECONDS
+        )
         self.step_latency = self._histogram(
-            "step_latency_seconds", "Time of a denoising step.", _STEP_SECONDS
+            "step_latency_seconds",
+            "Time of a denoising step, by its rows, rounded up to a power of two.",
+            _STEP_SECONDS,
+            "rows",
         )
         self.step_rows = self._histogram("step_rows", "Rows of a denoising step.", _ROWS)
+        self.batch_occupancy = self._histogram(
+            "batch_occupancy", "Rows of a denoising step as a share of max_rows.", _SHARES
+        )
 
         self._gauge("images_per_second", "Images finished a second, over the last minute.").set_function(
             self.image_rate.per_second
@@ -97,8 +156,21 @@ class Metrics:
             "num_requests_waiting", "Requests none of whose images has started.", "device"
         )
         self._images_waiting = self._gauge("queue_images", "Images that wait for a slot.", "device")
+        self._active_slots = self._gauge("active_slots", "Images that hold a slot.", "device")
+        self._models_loaded = self._gauge("model_loaded", "1 for each model that is loaded.", "model")
+        self._gpu_memory = self._gauge(
+            "gpu_memory_bytes",
+            "Memory of a GPU: allocated and reserved by this process, and total.",
+            "device",
+            "kind",
+        )
+        self._build = self._gauge("build_info", "1, with what this server is built of.", "version", "torch")
         for stage in STAGES:
             self.stage_latency.labels(stage)  # shown from the start, with zeros
+        for reason in FINISHED_REASONS:
+            self.request_success.labels(reason)
+        for source in ("kept", "joined"):
+            self.idempotent_answers.labels(source)
         for stage in ("denoise", "decode"):
             self.failures.labels(stage)
         for stage in ("queue", "denoise", "decode"):
@@ -111,6 +183,7 @@ class Metrics:
         requests_running: Callable[[], float],
         requests_waiting: Callable[[], float],
         images_waiting: Callable[[], float],
+        active_slots: Callable[[], float],
     ) -> None:
         """Name the functions that the load gauges of a device read at each scrape, so that they are never
         stale.
@@ -118,6 +191,35 @@ class Metrics:
         self._requests_running.labels(device).set_function(requests_running)
         self._requests_waiting.labels(device).set_function(requests_waiting)
         self._images_waiting.labels(device).set_function(images_waiting)
+        self._active_slots.labels(device).set_function(active_slots)
+
+    def read_gpu_memory(self, device: object, kinds: Mapping[str, Callable[[], float]]) -> None:
+        """Name the functions that give a GPU's memory in bytes; a server on a CPU has none."""
+        for kind, read in kinds.items():
+            self._gpu_memory.labels(device, kind).set_function(read)
+
+    def show_models(self, names: Iterable[str]) -> None:
+        """Say which models are loaded."""
+        for name in names:
+            self._models_loaded.labels(name).set(1)
+
+    def show_build(self, *, version: str, torch: str) -> None:
+        """Say which versions this server is built of."""
+        self._build.labels(version, torch).set(1)
+
+    def count_error(self, error: ServiceError) -> None:
+        """Count a request that is answered with an error: turned away, or failed by a fault of ours."""
+        turned_away = isinstance(error, (RequestError, Retryable)) and not isinstance(error, EngineStopped)
+        (self.rejections if turned_away else self.errors).labels(error.code).inc()
+
+    def count_step(self, *, seconds: float, rows: int, computed_rows: int, max_rows: int) -> None:
+        """Count one denoising step of so many rows, of which `computed_rows` were run, padding included."""
+        self.steps.inc()
+        self.rows.inc(rows)
+        self.padded_rows.inc(computed_rows - rows)
+        self.step_rows.observe(rows)
+        self.step_latency.labels(rows_label(rows)).observe(seconds)
+        self.batch_occupancy.observe(rows / max_rows)
 
     def count_image(self) -> None:
         """Count one finished image."""

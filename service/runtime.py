@@ -12,6 +12,8 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,7 @@ from service.engine.batching import CONTINUOUS, StaticBatching
 from service.engine.engine import Engine
 from service.engine.group import EngineGroup
 from service.errors import Draining, EngineStopped, NotReady, StartupError
+from service.idempotency import IdempotentAnswers
 from service.logs import adopt_library_logs
 from service.metrics import Metrics
 from service.rate_limits import RateLimits
@@ -61,10 +64,17 @@ class Runtime:
     def __init__(self, settings: Settings, pipelines: Sequence[ServedPipeline] | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.metrics.show_build(version=version("lamamba"), torch=torch.__version__)
         self.rate_limits = RateLimits(
             images_per_minute=settings.rate_limit_images_per_minute,
             images_per_day=settings.quota_images_per_day,
             max_images_per_request=settings.max_images_per_request,
+        )
+        self.idempotent_answers = IdempotentAnswers(
+            max_entries=settings.idempotency_max_entries,
+            max_bytes=settings.idempotency_max_bytes,
+            ttl_s=settings.idempotency_ttl_s,
+            metrics=self.metrics,
         )
         self.encoders = ThreadPoolExecutor(settings.num_encoders, thread_name_prefix="lamamba-encoder")
         self.failure: StartupError | None = None
@@ -89,6 +99,11 @@ class Runtime:
     def engine_failure(self) -> BaseException | None:
         """What the engine has died of."""
         return None if self._engine is None else self._engine.failure
+
+    @property
+    def started(self) -> bool:
+        """Whether the models have been loaded and warmed, whatever has happened since."""
+        return self._engine is not None
 
     @property
     def idle(self) -> bool:
@@ -175,7 +190,22 @@ class Runtime:
             engine.stop()
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise StartupError(f"the first image failed: {reason}") from error
+        self._show_loaded(pipelines, devices)
         self._catalog, self._engine = catalog, engine
+
+    def _show_loaded(self, pipelines: Sequence[ServedPipeline], devices: Sequence[torch.device]) -> None:
+        self.metrics.show_models(pipeline.name for pipeline in pipelines)
+        for device in devices:
+            if device.type == "cuda":
+                total = torch.cuda.get_device_properties(device).total_memory
+                self.metrics.read_gpu_memory(
+                    device,
+                    {
+                        "allocated": partial(torch.cuda.memory_allocated, device),
+                        "reserved": partial(torch.cuda.memory_reserved, device),
+                        "total": partial(int, total),
+                    },
+                )
 
     def _engine_of(self, pipelines: Sequence[ServedPipeline], num_engines: int) -> Engine:
         settings = self.settings

@@ -26,6 +26,7 @@ ENVIRONMENT_PREFIX = "LAMAMBA_"
 
 _GPUS = re.compile(r"(all|\d+(,\d+)*)?")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_ORIGIN: Final = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 _HIDDEN: Final = ("api_keys",)
 """Whose values no message repeats: a key may stand there by mistake."""
 
@@ -47,6 +48,11 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     root_path: str = Field("", description="Path under which a reverse proxy serves this server.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose pages may use this server from a browser, separated by commas, such as "
+        "https://example.org; * for all; empty: none but its own.",
+    )
     api_keys: Annotated[dict[str, str], NoDecode] = Field(
         {},
         repr=False,
@@ -132,6 +138,18 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(
         30.0, gt=0, allow_inf_nan=False, description="Time a client has to send its body, in seconds."
     )
+    idempotency_max_entries: int = Field(
+        1000,
+        ge=0,
+        le=1_000_000,
+        description="Answers that are kept for retries with the same Idempotency-Key; 0: none.",
+    )
+    idempotency_max_bytes: int = Field(
+        67_108_864, ge=0, le=2**40, description="Bytes of all kept answers; a larger answer is not kept."
+    )
+    idempotency_ttl_s: float = Field(
+        3600.0, gt=0, allow_inf_nan=False, description="Time that an answer is kept, in seconds."
+    )
     drain_timeout_s: float = Field(
         60.0, ge=0, allow_inf_nan=False, description="Time that accepted work has to finish after SIGTERM."
     )
@@ -139,9 +157,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_json: bool = Field(False, description="Log records as JSON, one a line.")
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "cors_origins", mode="before")
     @classmethod
-    def _split_models(cls, value: object) -> object:
+    def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
@@ -153,6 +171,15 @@ class Settings(BaseSettings):
             return parse_key_hashes(part for part in value.split(",") if part.strip())
         if isinstance(value, dict):
             return parse_key_hashes(f"{name}:{digest}" for name, digest in value.items())
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [origin for origin in value if not _ORIGIN.fullmatch(origin)]:
+            raise ValueError(
+                f"{shown(wrong[0])} is no origin: accepted are scheme://host, with a port or not, and *"
+            )
         return value
 
     @field_validator("device")

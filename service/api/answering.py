@@ -11,21 +11,26 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from starlette.responses import Response
+
 from model.images import ImageFormat, encode_image, image_metadata
+from service.errors import InvalidField
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
+    from starlette.requests import Request
     from starlette.types import Receive
 
     from service.catalog import ServedModel
     from service.engine.group import EngineGroup
-    from service.engine.request import ImageJob, Ticket
+    from service.engine.request import GenerationRequest, ImageJob, Ticket, Watcher
+    from service.idempotency import IdempotencyKey
     from service.runtime import Runtime
 
-__all__ = ["CLIENT_CLOSED_REQUEST", "ERROR_STATUSES", "Answer", "attended"]
+__all__ = ["ERROR_STATUSES", "Answer", "accept", "attended", "refuse_streamed", "respond"]
 
-CLIENT_CLOSED_REQUEST: Final = 499
+_CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's; nobody is left to read it, but the log and the counter say so."""
 ERROR_STATUSES: Final = (400, 408, 413, 415, 422, 429, 500, 503, 504)
 """What a route that makes images can answer beside 200."""
@@ -33,19 +38,42 @@ ERROR_STATUSES: Final = (400, 408, 413, 415, 422, 429, 500, 503, 504)
 _Result = TypeVar("_Result")
 
 
-async def attended(
-    receive: Receive, engine: EngineGroup, ticket: Ticket, work: Coroutine[Any, Any, _Result]
-) -> _Result | None:
-    """What `work` returns, or None if the client leaves first; either way the ticket is closed then."""
+async def attended(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result | None:
+    """What `work` returns, or None if the client leaves first; then `work` is cancelled and has ended."""
     answer = asyncio.create_task(work)
     departure = asyncio.create_task(_departure(receive))
     try:
         await asyncio.wait((answer, departure), return_when=asyncio.FIRST_COMPLETED)
         return answer.result() if answer.done() else None
     finally:
-        engine.cancel(ticket)
         answer.cancel()
         departure.cancel()
+        await asyncio.gather(answer, departure, return_exceptions=True)
+
+
+async def respond(
+    request: Request,
+    runtime: Runtime,
+    make: Callable[[], Coroutine[Any, Any, Response]],
+    *,
+    key: IdempotencyKey | None,
+    content: object,
+) -> Response:
+    """What `make` returns, for as long as the client waits; with a key, made once for the same `content`."""
+    work = make() if key is None else runtime.idempotent_answers.answer(key, content, make)
+    response = await attended(request.receive, work)
+    return response or Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+
+def refuse_streamed(key: IdempotencyKey | None) -> None:
+    """Raise InvalidField if there is a key: a stream is gone once it has been read."""
+    if key is not None:
+        raise InvalidField(
+            "Idempotency-Key",
+            key.key,
+            "none with an event stream, which is sent once",
+            by="this request",
+        )
 
 
 async def _departure(receive: Receive) -> None:
@@ -59,12 +87,17 @@ class Answer:
     """A request's images in the making, and what is said of it: in a file's metadata, in headers, in JSON."""
 
     runtime: Runtime
+    engine: EngineGroup
     ticket: Ticket
     model: ServedModel
     format: ImageFormat
     quality: int
     started: float
     """`time.monotonic()` at the request's arrival."""
+
+    def close(self) -> None:
+        """Give up what is not finished."""
+        self.engine.cancel(self.ticket)
 
     @property
     def class_label(self) -> str | None:
@@ -100,7 +133,8 @@ class Answer:
 
     async def image(self, job: ImageJob) -> bytes:
         """One image's file, as soon as its pixels are there."""
-        pixels = await asyncio.wrap_future(job.result)
+        # Shielded: who stops waiting closes the ticket, which the engine would not notice of a single job.
+        pixels = await asyncio.shield(asyncio.wrap_future(job.result))
         return await asyncio.get_running_loop().run_in_executor(
             self.runtime.encoders, encode_image, pixels, self.format, self.quality, self.metadata(job)
         )
@@ -122,3 +156,31 @@ class Answer:
             metrics.stage_latency.labels(stage).observe(seconds)
         metrics.e2e_request_latency.observe(total)
         return timings | {"total": total}
+
+
+def accept(
+    runtime: Runtime,
+    client: str,
+    generation: GenerationRequest,
+    *,
+    format: ImageFormat,
+    quality: int,
+    started: float,
+    watcher: Watcher | None = None,
+) -> Answer:
+    """Hand a request to the engine; whoever gets the answer closes it.
+
+    Raises what says that the client or everybody has to wait, before any work.
+    """
+    engine = runtime.engine
+    with runtime.rate_limits.spending(client, generation.num_images):
+        ticket = engine.submit(generation, watcher)
+    return Answer(
+        runtime=runtime,
+        engine=engine,
+        ticket=ticket,
+        model=runtime.catalog.model(generation.model),
+        format=format,
+        quality=quality,
+        started=started,
+    )

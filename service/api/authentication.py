@@ -77,7 +77,7 @@ class AuthenticationMiddleware:
             else "api key: none given; this server accepts Authorization: Bearer KEY, or X-API-Key: KEY",
             key_given=key_given,
         )
-        self._metrics.rejections.labels(error.code).inc()
+        self._metrics.count_error(error)
         response = error_response(error, request_id_variable.get(), openai=speaks_openai(scope))
         await response(scope, receive, send)
 

@@ -19,14 +19,17 @@ from service.logs import request_id_variable
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from service.metrics import Metrics
+
 __all__ = ["BodyLimitMiddleware"]
 
 
 class BodyLimitMiddleware:
     """Answers 413 to a body over `max_bytes` and 408 to one that is not there after `timeout_s`."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
 
@@ -45,6 +48,7 @@ class BodyLimitMiddleware:
             if body is not None:
                 await self._app(scope, _replay(body, receive), send)
             return
+        self._metrics.count_error(error)
         response = error_response(error, request_id_variable.get(), openai=speaks_openai(scope))
         response.headers["Connection"] = "close"  # what is left of the body is not read
         await response(scope, receive, send)

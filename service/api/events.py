@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from service.api.answering import Answer
-    from service.engine.group import EngineGroup
     from service.engine.request import ImageJob, Preview
+    from service.metrics import Metrics
 
 __all__ = [
     "EventStream",
@@ -149,7 +149,6 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        engine: EngineGroup,
         answer: Answer,
         events: AsyncIterator[bytes | None],
         *,
@@ -157,12 +156,13 @@ class EventStream(StreamingResponse):
     ) -> None:
         # nginx would keep events back until it has a buffer full of them.
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(_written(events, error_event), media_type="text/event-stream", headers=headers)
-        self._engine = engine
+        written = _written(events, error_event, answer.runtime.metrics)
+        super().__init__(written, media_type="text/event-stream", headers=headers)
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await attended(receive, self._engine, self._answer.ticket, self.stream_response(send))
+        with contextlib.closing(self._answer):
+            await attended(receive, self.stream_response(send))
 
 
 def event(kind: str, data: dict[str, Any]) -> bytes:
@@ -171,12 +171,15 @@ def event(kind: str, data: dict[str, Any]) -> bytes:
 
 
 async def _written(
-    events: AsyncIterator[bytes | None], error_event: Callable[[ServiceError], dict[str, Any]]
+    events: AsyncIterator[bytes | None],
+    error_event: Callable[[ServiceError], dict[str, Any]],
+    metrics: Metrics,
 ) -> AsyncIterator[bytes]:
     try:
         async for written in events:
             yield _KEEP_ALIVE if written is None else written
     except ServiceError as error:
+        metrics.count_error(error)
         yield event("error", error_event(error))
     except Exception:  # a defect of ours: the client hears of it, the log gets the trace
         defect = ServiceError("internal error; the server's log has the reason under this id")

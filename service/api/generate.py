@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 
 from model.images import MEDIA_TYPES
-from service.api.answering import CLIENT_CLOSED_REQUEST, ERROR_STATUSES, Answer, attended
-from service.api.deps import ClientIdentity, ReadyRuntime, RequestId
+from service.api.answering import ERROR_STATUSES, Answer, accept, refuse_streamed, respond
+from service.api.deps import ClientIdentity, GivenIdempotencyKey, ReadyRuntime, RequestId
 from service.api.events import (
     EventStream,
     EventWatcher,
@@ -30,7 +32,22 @@ from service.api.schemas import ErrorBody, GenerateRequest, GenerateResponse
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-__all__ = ["router"]
+__all__ = ["FACT_HEADERS", "router"]
+
+FACT_HEADERS: Final = (
+    *(
+        "Model",
+        "Class-Id",
+        "Class-Label",
+        "Cfg-Scale",
+        "Resolution",
+        "Steps",
+        "Sampler",
+        "Seed",
+        "Image-Index",
+    ),
+)
+"""What follows `X-LaMamba-` in the names of the headers of an image."""
 
 router = APIRouter(tags=["generation"])
 
@@ -56,6 +73,7 @@ async def generate(
     runtime: ReadyRuntime,
     request_id: RequestId,
     client: ClientIdentity,
+    idempotency_key: GivenIdempotencyKey,
 ) -> Response:
     """Generate images: bytes if `Accept` names an image type and there is one image, else JSON in base64.
 
@@ -63,25 +81,26 @@ async def generate(
     """
     started = time.monotonic()
     representation = negotiate(request.headers.get("accept", ""), body)
-    engine = runtime.engine
-    watcher = EventWatcher() if representation.as_events else None
-    generation = runtime.catalog.resolve(body, request_id)
-    with runtime.rate_limits.spending(client, generation.num_images):
-        ticket = engine.submit(generation, watcher)
-    answer = Answer(
-        runtime=runtime,
-        ticket=ticket,
-        model=runtime.catalog.model(ticket.request.model),
+    accepted = partial(
+        accept,
+        *(runtime, client, runtime.catalog.resolve(body, request_id)),
         format=representation.format,
         quality=body.quality,
         started=started,
     )
-    if watcher is not None:
+    if representation.as_events:
+        refuse_streamed(idempotency_key)
+        watcher = EventWatcher()
+        answer = accepted(watcher=watcher)
         return EventStream(
-            engine, answer, _events(answer, watcher), error_event=lambda error: error_body(error, request_id)
+            answer, _events(answer, watcher), error_event=lambda error: error_body(error, request_id)
         )
-    response = await attended(request.receive, engine, ticket, _response(answer, representation))
-    return response or Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    async def make() -> Response:
+        with closing(accepted()) as answer:
+            return await _response(answer, representation)
+
+    return await respond(request, runtime, make, key=idempotency_key, content=(body, representation))
 
 
 async def _response(answer: Answer, representation: Representation) -> Response:

@@ -50,7 +50,7 @@ async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
     runtime: Runtime = request.app.state.runtime
     if request.method == "POST":
-        runtime.metrics.rejections.labels(error.code).inc()
+        runtime.metrics.count_error(error)
     return error_response(error, request_id_variable.get(), openai=speaks_openai(request.scope))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
+from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.answering import CLIENT_CLOSED_REQUEST, ERROR_STATUSES, Answer, attended
-from service.api.deps import ClientIdentity, ReadyRuntime, RequestId
+from service.api.answering import ERROR_STATUSES, Answer, accept, refuse_streamed, respond
+from service.api.deps import ClientIdentity, GivenIdempotencyKey, ReadyRuntime, RequestId
 from service.api.events import EventStream, EventWatcher, Finished, PreviewImage, event, updates
 from service.api.openai import (
     ImagesRequest,
@@ -32,7 +34,7 @@ __all__ = ["router"]
 router = APIRouter(tags=["generation"])
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": OpenAIErrorBody} for status in (*ERROR_STATUSES, "default") if status != 422
+    status: {"model": OpenAIErrorBody} for status in (*ERROR_STATUSES, "default")
 }
 _ERRORS["default"]["description"] = "Any other error, in the same shape."
 _USAGE = {
@@ -56,6 +58,7 @@ async def generate_images(
     runtime: ReadyRuntime,
     request_id: RequestId,
     client: ClientIdentity,
+    idempotency_key: GivenIdempotencyKey,
 ) -> Response:
     """Generate images: JSON in base64, or with `stream` events: `image_generation.completed` for each
     image, and before it as many `image_generation.partial_image` as `partial_images` says.
@@ -63,27 +66,30 @@ async def generate_images(
     A failure after the first byte of a stream is an `error` event.
     """
     started = time.monotonic()
-    catalog, engine = runtime.catalog, runtime.engine
+    catalog = runtime.catalog
     try:
         wanted = body.as_generate_request(catalog.accepted(body.model))
         generation = catalog.resolve(wanted, request_id)
     except InvalidField as error:
         raise openai_invalid_field(error, body) from error
-    watcher = EventWatcher() if body.stream else None
-    with runtime.rate_limits.spending(client, generation.num_images):
-        ticket = engine.submit(generation, watcher)
-    answer = Answer(
-        runtime=runtime,
-        ticket=ticket,
-        model=catalog.model(ticket.request.model),
+    accepted = partial(
+        accept,
+        *(runtime, client, generation),
         format=wanted.format or "png",
         quality=wanted.quality,
         started=started,
     )
-    if watcher is not None:
-        return EventStream(engine, answer, _events(answer, watcher), error_event=_error_event)
-    response = await attended(request.receive, engine, ticket, _response(answer))
-    return response or Response(status_code=CLIENT_CLOSED_REQUEST)
+    if body.stream:
+        refuse_streamed(idempotency_key)
+        watcher = EventWatcher()
+        answer = accepted(watcher=watcher)
+        return EventStream(answer, _events(answer, watcher), error_event=_error_event)
+
+    async def make() -> Response:
+        with closing(accepted()) as answer:
+            return await _response(answer)
+
+    return await respond(request, runtime, make, key=idempotency_key, content=wanted)
 
 
 async def _response(answer: Answer) -> Response:

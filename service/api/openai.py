@@ -210,7 +210,7 @@ def openai_invalid_field(error: InvalidField, body: ImagesRequest) -> InvalidFie
 
 def openai_error(error: ServiceError) -> tuple[int, dict[str, Any]]:
     """Status and body of an error: OpenAI answers 400 to a field that is not accepted, not 422."""
-    status = 400 if error.status == 422 else error.status
+    status = 400 if isinstance(error, InvalidField) else error.status
     kind = (
         "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     )

@@ -57,15 +57,18 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"  # bytes are what their type says
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:  # a defect of ours: the client gets an id, the log the trace
             _logger.exception("unhandled error on %s", scope["path"])
+            error = ServiceError("internal error; the server's log has the reason under this id")
+            self._metrics.count_error(error)
             if status == 0:
-                error = ServiceError("internal error; the server's log has the reason under this id")
                 response = error_response(error, request_id, openai=speaks_openai(scope))
                 await response(scope, receive, send_with_id)
         finally:

@@ -25,6 +25,8 @@ __all__ = [
     "GenerateResponse",
     "GeneratedImage",
     "ServedClass",
+    "ServedVersion",
+    "VersionInfo",
 ]
 
 MAX_TEXT: Final = 200
@@ -150,6 +152,25 @@ class ClassList(BaseModel):
     resolution: int
     total: int = Field(description="Matches, those beyond the limit included.")
     data: list[ServedClass]
+
+
+class ServedVersion(BaseModel):
+    """What one model runs on."""
+
+    id: str
+    device: str
+    dtype: str
+    scan_backend: str
+    weights_hash: str
+
+
+class VersionInfo(BaseModel):
+    """What answers."""
+
+    version: str = Field(description="Of the installed package.")
+    python: str
+    torch: str
+    models: list[ServedVersion] = Field(description="Empty until they are loaded.")
 
 
 class ErrorDetail(BaseModel):

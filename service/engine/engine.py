@@ -65,6 +65,7 @@ class Engine:
     ) -> None:
         self.device = next(iter(pipelines.values())).device
         self._scheduler = Scheduler(pipelines, max_rows=max_rows, aging_s=priority_aging_s, batching=batching)
+        self._pipelines = pipelines
         self._runners = {name: Runner(pipeline, num_slots=max_rows) for name, pipeline in pipelines.items()}
         self._decoder = Decoder(pipelines, self)
         self._max_decode_backlog = max_rows
@@ -95,6 +96,7 @@ class Engine:
             requests_running=partial(self._num_requests, started=True),
             requests_waiting=partial(self._num_requests, started=False),
             images_waiting=lambda: self._num_waiting_images,
+            active_slots=lambda: self._scheduler.num_active,
         )
 
     # --- any thread ---
@@ -155,10 +157,10 @@ class Engine:
 
     def cancel(self, ticket: Ticket) -> None:
         """Give a request up: its slots are free at the next step. Does nothing to a finished one."""
-        if ticket.done:
+        if ticket.done or not ticket.cancel():
             return
-        ticket.cancel()
         self._metrics.cancellations.inc()
+        self._metrics.request_success.labels("abort").inc()
         self._close(ticket)
 
     def drain(self) -> None:
@@ -295,6 +297,7 @@ class Engine:
         if ticket.fail(error):  # else it was answered in this moment
             _logger.info("%s", error, extra={"request_id": request.request_id})
             self._metrics.deadlines_exceeded.labels(stage).inc()
+            self._metrics.request_success.labels("timeout").inc()
             self._close(ticket)
         self._drop(ticket)
 
@@ -302,9 +305,11 @@ class Engine:
         fresh = [job for job in plan.jobs if job.step_index == 0]
         self._leave_queue(len(fresh))
         for job in fresh:
-            if job.ticket.started_at is None:
-                job.ticket.started_at = self._clock()
-                self._watched.discard(job.ticket)
+            ticket = job.ticket
+            if ticket.started_at is None:
+                ticket.started_at = self._clock()
+                self._metrics.request_queue_time.observe(ticket.started_at - ticket.submitted_at)
+                self._watched.discard(ticket)
 
     def _run(self, plan: PlannedStep) -> dict[ImageJob, Exception]:
         """Run the step; where it raises, run its images one by one, so that only the culprit fails."""
@@ -350,6 +355,9 @@ class Engine:
         for preview in self._previews(plan.lane, watched):
             previews[preview.job.ticket].append(preview)
         for ticket, new in previews.items():
+            if new and not ticket.previewed:
+                ticket.previewed = True
+                self._metrics.time_to_first_preview.observe(self._clock() - ticket.submitted_at)
             if ticket.watcher is not None:
                 ticket.watcher.changed(new)
 
@@ -400,6 +408,8 @@ class Engine:
         with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
             job.result.set_result(pixels)
             self._metrics.count_image()
+            if job.ticket.made:  # only this thread gives results, so this is the last one
+                self._metrics.request_success.labels("stop").inc()
         if job.ticket.done:
             self._close(job.ticket)
         self._inbox.put(_nothing)  # the engine may wait for the decoder to catch up
@@ -422,6 +432,7 @@ class Engine:
         request_id = ticket.request.request_id
         _logger.error("%s failed", stage, exc_info=error, extra={"request_id": request_id})
         self._metrics.failures.labels(stage).inc()
+        self._metrics.request_success.labels("error").inc()
         self._close(ticket)
 
     def _close(self, ticket: Ticket) -> None:
@@ -458,17 +469,21 @@ class Engine:
             self._num_waiting_images = 0
             self._changed.notify_all()
         for ticket in tickets:
-            ticket.fail(error)
+            if ticket.fail(error):
+                self._metrics.request_success.labels("error").inc()
 
     def _num_requests(self, *, started: bool) -> int:
         with self._changed:
             return sum((ticket.started_at is not None) is started for ticket in self._tickets)
 
     def _observe(self, plan: PlannedStep, seconds: float) -> None:
-        self._metrics.steps.inc()
-        self._metrics.rows.inc(plan.num_rows)
-        self._metrics.step_rows.observe(plan.num_rows)
-        self._metrics.step_latency.observe(seconds)
+        num_images, rows = len(plan.jobs), plan.num_rows
+        self._metrics.count_step(
+            seconds=seconds,
+            rows=rows,
+            computed_rows=self._pipelines[plan.lane].num_rows(num_images, rows - num_images),
+            max_rows=self._scheduler.max_rows,
+        )
 
 
 def _nothing() -> None:

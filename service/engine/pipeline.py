@@ -46,6 +46,9 @@ class ServedPipeline(Protocol):
     def denoise_step(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Next latents and history, (images, C, H, W) fp32 each, of the images of `batch`."""
 
+    def num_rows(self, num_images: int, num_guided: int) -> int:
+        """Rows that the network computes in a step of so many images, padding included."""
+
     def prepare_steps(self, *, max_images: int) -> None:
         """Make ready whatever the first step of up to so many images would have to make."""
 

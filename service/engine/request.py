@@ -127,6 +127,8 @@ class Ticket:
         self.unmade = self.jobs
         """The images that an engine is to make: all, or after `restart` those that have no answer yet."""
         self.restarts = 0
+        self.previewed = False
+        """Whether there has been a preview."""
         self.submitted_at = submitted_at
         self.started_at: float | None = None
         self.denoised_at: float | None = None
@@ -142,6 +144,14 @@ class Ticket:
     def done(self) -> bool:
         """Whether every image is made, failed or given up."""
         return all(job.result.done() for job in self.jobs)
+
+    @property
+    def made(self) -> bool:
+        """Whether every image is made."""
+        results = [job.result for job in self.jobs]
+        return all(
+            result.done() and not result.cancelled() and result.exception() is None for result in results
+        )
 
     @property
     def steps_done(self) -> int:
@@ -195,7 +205,9 @@ class Ticket:
                 failed = True
         return failed
 
-    def cancel(self) -> None:
-        """Give up every image that has no answer yet."""
-        for job in self.jobs:
-            job.result.cancel()
+    def cancel(self) -> bool:
+        """Give up every image that has no answer yet; False if all of them have one."""
+        given_up = [
+            job.result.cancel() for job in self.jobs
+        ]  # all of them, which any() alone would not reach
+        return any(given_up)

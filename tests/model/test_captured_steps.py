@@ -129,3 +129,12 @@ def test_captured_steps_are_the_steps(network: LaMambaDiff, batches: list[Any]) 
         batch = _batch(num_images, guided, sampler=sampler, device="cuda")
         # TF32 and other kernels at other numbers of rows
         torch.testing.assert_close(steps(batch), _expected(net, batch), rtol=1e-2, atol=1e-2)
+
+
+def test_num_rows_are_those_of_the_captured_size_or_of_the_batch() -> None:
+    steps = CapturedSteps(
+        lambda batch: (batch.latents, batch.history), latent_shape=SHAPE, device=torch.device("cpu")
+    )
+    assert [steps.num_rows(images, 0) for images in (1, 3, 9, 64, 65)] == [1, 4, 16, 64, 65]
+    assert steps.num_rows(3, 1) == 8
+    assert steps.num_rows(25, 25) == 50  # a graph of 32 images would cost more than its launches

@@ -86,7 +86,7 @@ def test_without_a_known_key_every_route_answers_401(
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/docs", "/openapi.json", "/version", "/metrics", "/health/live", "/health/ready"]
+    "path", ["/", "/docs", "/openapi.json", "/version", "/metrics", "/health/live", "/health/startup"]
 )
 def test_probes_metrics_and_documents_need_no_key(client_of: ClientFactory, path: str) -> None:
     assert client_of(**SETTINGS).get(path).status_code == 200

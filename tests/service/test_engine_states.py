@@ -259,7 +259,7 @@ class EngineMachine(RuleBasedStateMachine):
     def check_answers(self) -> None:
         outcomes = [self.outcome(ticket) for ticket in self.tickets]
         samples = {
-            (sample.name, sample.labels.get("stage")): sample.value
+            (sample.name, sample.labels.get("stage") or sample.labels.get("finished_reason")): sample.value
             for family in text_string_to_metric_families(self.metrics.render().decode())
             for sample in family.samples
         }
@@ -270,6 +270,13 @@ class EngineMachine(RuleBasedStateMachine):
         assert counted("cancellations", None) == outcomes.count("cancelled")
         assert counted("failures", "denoise", "decode") == outcomes.count("failed")
         assert counted("deadline_exceeded", "queue", "denoise", "decode") == outcomes.count("late")
+        for reason, outcome in (
+            ("stop", "made"),
+            ("abort", "cancelled"),
+            ("error", "failed"),
+            ("timeout", "late"),
+        ):
+            assert counted("request_success", reason) == outcomes.count(outcome)
         made = sum(
             not job.result.cancelled() and job.result.exception() is None
             for ticket in self.tickets

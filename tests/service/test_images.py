@@ -438,7 +438,9 @@ def test_the_official_client_lists_the_models(client: TestClient) -> None:
 def test_the_schema_documents_what_is_answered(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
     responses = schema["paths"][PATH]["post"]["responses"]
-    assert set(responses) == {*("200", "400", "408", "413", "415", "429", "500", "503", "504", "default")}
+    assert set(responses) == {
+        *("200", "400", "408", "413", "415", "422", "429", "500", "503", "504", "default")
+    }
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
     reference = responses["429"]["content"]["application/json"]["schema"]["$ref"]
     assert reference.endswith("/OpenAIErrorBody")

@@ -156,6 +156,8 @@ def test_a_body_that_never_comes_is_not_waited_for() -> None:
         return httpx.Response(started[0]["status"])
 
     assert asyncio.run(with_client(app, send_nothing)).status_code == 408
+    runtime: Runtime = app.state.runtime
+    assert b'lamamba_rejections_total{code="body_timeout"} 1.0' in runtime.metrics.render()
 
 
 def test_probes_follow_the_engine(client_of: ClientFactory) -> None:
@@ -211,11 +213,15 @@ def test_before_the_models_are_loaded_only_liveness_holds(monkeypatch: pytest.Mo
 
     async def talk(client: httpx.AsyncClient) -> list[Any]:
         before = [await client.get("/health/live"), await client.get("/health/ready")]
+        started = [await client.get("/health/startup")]
+        assert (await client.get("/version")).json()["models"] == []
         before += [await client.post("/generate", json={}), await client.get("/v1/models")]
         before.append(await client.post("/generate", json={"steps": "x"}))
         loading.set()
         while (await client.get("/health/ready")).status_code != 200:  # noqa: ASYNC110 - no event to wait for
             await asyncio.sleep(0.001)
+        started.append(await client.get("/health/startup"))
+        assert [answer.status_code for answer in started] == [503, 200]
         return [*before, await client.post("/generate", json=BODY)]
 
     answers = asyncio.run(with_client(app, talk))
@@ -274,6 +280,7 @@ def test_sigterm_finishes_accepted_work_while_probes_say_draining() -> None:
             await in_flight.wait()
             server.handle_exit(signal.SIGTERM, None)
             ready, live = await client.get("/health/ready"), await client.get("/health/live")
+            assert (await client.get("/health/startup")).status_code == 200
             refused = await client.post("/generate", json=BODY)
             gate.set()
             assert (await request).status_code == 200

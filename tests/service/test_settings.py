@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from service.errors import StartupError
 from service.settings import Settings, load_settings
+from service.settings_table import settings_page
 
 
 def test_load_settings_reads_the_environment_and_lets_options_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +55,8 @@ def test_load_settings_names_an_unknown_variable(
         ("PRIORITY_AGING_S", "-1"),
         ("ROOT_PATH", "no-slash"),
         ("LOG_LEVEL", "loud"),
+        ("CORS_ORIGINS", "example.org"),
+        ("CORS_ORIGINS", "https://example.org/"),
     ],
 )
 def test_load_settings_names_variable_and_value_of_a_wrong_one(
@@ -70,3 +75,15 @@ def test_load_settings_names_a_wrong_option_by_its_own_name() -> None:
 
 def test_every_setting_is_described() -> None:
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_the_page_of_settings_is_that_of_the_class() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == settings_page(), "run `make docs`"
+    assert (
+        "| `LAMAMBA_PORT` | integer from 0 up to 65535 | `8000` | Port to listen on; 0 takes a free one. |"
+        in page
+    )
+    assert "| `LAMAMBA_LOG_JSON` | true, false | `false` |" in page
+    assert "| `LAMAMBA_BATCHING` | `continuous`, `static` | `continuous` |" in page
+    assert page.count("\n| `LAMAMBA_") == len(Settings.model_fields)
