@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +44,7 @@ _OutputDir = Annotated[
     "serve",
     epilog="Examples:  lamamba bench serve --rate 2 --slo-s 3   |   "
     "lamamba bench serve --url http://localhost:8000 --rate 5 --arrivals burst:8   |   "
-    "lamamba bench serve --concurrency 16 -- --batching static --batch-size 4",
+    "lamamba bench serve --concurrency 16 --requests 200 -- --batching static --batch-size 4",
 )
 def bench_serve(
     serve_options: _ServeOptions = None,
@@ -65,7 +66,7 @@ def bench_serve(
     name: Annotated[str, typer.Option(help="Of the results file.")] = "serve",
 ) -> None:
     """Put a server under load: throughput, goodput, latencies and where they come from."""
-    with usage_errors():
+    with _bench_errors():
         config = _config(mix, arrivals, requests, max_seconds, timeout_s, slo_s, seed)
         if (rate is None) == (concurrency is None):
             raise ValueError(f"rate: {rate} given with concurrency {concurrency}; one of the two is accepted")
@@ -75,8 +76,11 @@ def bench_serve(
         from model.benchmark.environment import RESULTS, write_json
         from service.benchmark.load import check_server
         from service.benchmark.plot import plot_run
-        from service.benchmark.run import facts, measure_open, measure_saturated
+        from service.benchmark.run import check_concurrency, facts, measure_open, measure_saturated
 
+        if concurrency is not None:
+            check_concurrency(concurrency, config.requests)
+        environment = facts()
         with _server_url(url, own_options) as address, _observer() as observer:
             check_server(address, config.mix)
             report = observer("requests", config.requests)
@@ -85,7 +89,7 @@ def bench_serve(
             else:
                 figures, outcomes = measure_open(address, config, rate or 0.0, report)
     content = {
-        "environment": facts(),
+        "environment": environment,
         "config": config.describe() | {"server": url or shlex.join(["lamamba", "serve", *own_options])},
         "run": figures,
         "requests": [
@@ -129,7 +133,7 @@ def bench_batching(
     concurrency: Annotated[int, typer.Option(help="Unanswered requests that saturate a server.")] = 16,
     mix: _Mix = None,
     arrivals: _Arrivals = "poisson",
-    requests: _Requests = 100,
+    requests: _Requests = 200,
     max_seconds: _MaxSeconds = 300.0,
     timeout_s: _TimeoutS = 300.0,
     slo_s: _SloS = None,
@@ -138,7 +142,7 @@ def bench_batching(
     name: Annotated[str, typer.Option(help="Of the results file.")] = "batching",
 ) -> None:
     """Compare ways to batch: capacity, then latency at shares of the reference's capacity."""
-    with usage_errors():
+    with _bench_errors():
         config = _config(mix, arrivals, requests, max_seconds, timeout_s, slo_s, seed)
         from model.benchmark.environment import RESULTS
         from service.benchmark.plot import plot_comparison
@@ -151,7 +155,11 @@ def bench_batching(
             name: serve_command([*common_options, *options])
             for name, options in (_named(text, "policy") for text in policies)
         }
-        commands |= dict(_named(text, "peer") for text in peer or ())
+        for text in peer or ():
+            peer_name, command = _named(text, "peer")
+            if not command:
+                raise ValueError(f"peer: {text} given; NAME=COMMAND is accepted")
+            commands[peer_name] = command
         path = (output_dir or RESULTS) / f"{name}.json"
         with _observer() as observer:
             content = run_comparison(
@@ -167,6 +175,21 @@ def bench_batching(
     for row in content["comparison"]:
         typer.echo(_ratios(row))
     _draw(path, lambda picture: plot_comparison(content, picture))
+
+
+@contextmanager
+def _bench_errors() -> Iterator[None]:
+    """One line and exit code 2 for a wrong use or a missing client, and 1 where a server does not start."""
+    with usage_errors():
+        if find_spec("httpx") is None:
+            raise ValueError("httpx: not installed; it is in the extra `bench`: pip install 'lamamba[bench]'")
+        from service.benchmark.server import ServerNotStarted
+
+        try:
+            yield
+        except ServerNotStarted as error:
+            typer.secho(f"lamamba: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from error
 
 
 def _config(
@@ -196,7 +219,10 @@ def _named(text: str, option: str) -> tuple[str, list[str]]:
     name, equals, words = text.partition("=")
     if not name or not equals:
         raise ValueError(f"{option}: {text} given; NAME=WORDS is accepted")
-    return name, shlex.split(words)
+    try:
+        return name, shlex.split(words)
+    except ValueError as error:
+        raise ValueError(f"{option}: {text} given; {str(error).lower()}") from error
 
 
 def _parse_shares(text: str) -> tuple[float, ...]:

@@ -15,9 +15,22 @@ from service.benchmark.arrivals import burst_size, plan_requests
 from service.benchmark.load import Outcome, check_server, closed_loop, open_loop
 from service.benchmark.mix import MixEntry, mean_images
 from service.benchmark.server import running_command
-from service.benchmark.summary import compare, saturated_images_per_s, summarize
+from service.benchmark.summary import (
+    REQUESTS_PER_CONCURRENCY,
+    compare,
+    saturated_images_per_s,
+    summarize,
+)
 
-__all__ = ["LoadConfig", "Observer", "facts", "measure_open", "measure_saturated", "run_comparison"]
+__all__ = [
+    "LoadConfig",
+    "Observer",
+    "check_concurrency",
+    "facts",
+    "measure_open",
+    "measure_saturated",
+    "run_comparison",
+]
 
 Observer = Callable[[str, int], Callable[[Outcome], None]]
 """Is given a run's title and its number of requests; returns what hears of each outcome."""
@@ -63,6 +76,18 @@ def facts() -> dict[str, Any]:
     return environment() | {"cpus": os.cpu_count(), "load_average": round(os.getloadavg()[0], 2)}
 
 
+def check_concurrency(concurrency: int, requests: int) -> None:
+    """Raises ValueError where that many requests do not measure a server that the concurrency saturates."""
+    if concurrency < 1:
+        raise ValueError(f"concurrency: {concurrency} given; 1 or more is accepted")
+    if requests < REQUESTS_PER_CONCURRENCY * concurrency:
+        raise ValueError(
+            f"requests: {requests} given with a concurrency of {concurrency}; "
+            f"{REQUESTS_PER_CONCURRENCY * concurrency} or more, {REQUESTS_PER_CONCURRENCY} times the "
+            "concurrency, is accepted"
+        )
+
+
 def measure_open(
     url: str, config: LoadConfig, images_per_s: float, report: Callable[[Outcome], None]
 ) -> tuple[dict[str, Any], list[Outcome]]:
@@ -88,12 +113,7 @@ def measure_open(
 def measure_saturated(
     url: str, config: LoadConfig, concurrency: int, report: Callable[[Outcome], None]
 ) -> tuple[dict[str, Any], list[Outcome]]:
-    """A closed loop of `concurrency`: its figures, `saturated_images_per_s` first, and each outcome."""
-    if not 1 <= concurrency < config.requests / 2:
-        raise ValueError(
-            f"concurrency: {concurrency} given; 1 and more is accepted, and less than half of the "
-            f"{config.requests} requests"
-        )
+    """A closed loop of `concurrency` (`check_concurrency`): its figures and its outcomes."""
     planned = plan_requests(config.mix, rate_per_s=math.inf, num_requests=config.requests, seed=config.seed)
     outcomes = asyncio.run(
         closed_loop(
@@ -128,10 +148,11 @@ def run_comparison(
     Args:
         commands: how each server is started, by the policy's name; `{port}` stands for the port.
 
-    Raises ValueError for what cannot be measured, RuntimeError where a server does not start.
+    Raises ValueError for what cannot be measured, ServerNotStarted where a server does not start.
     """
     if reference not in commands:
         raise ValueError(f"reference: {reference} given; one of {', '.join(commands)} is accepted")
+    check_concurrency(concurrency, config.requests)
     head = {
         "environment": facts(),
         "config": config.describe()
