@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -159,6 +159,8 @@ def bench_batching(
             peer_name, command = _named(text, "peer")
             if not command:
                 raise ValueError(f"peer: {text} given; NAME=COMMAND is accepted")
+            if peer_name in commands:
+                raise ValueError(f"peer: {peer_name} given 2 times; names must differ")
             commands[peer_name] = command
         path = (output_dir or RESULTS) / f"{name}.json"
         with _observer() as observer:
@@ -248,12 +250,15 @@ def _server_url(url: str | None, serve_options: Sequence[str]) -> Iterator[str]:
 
 @contextmanager
 def _observer() -> Iterator[Observer]:
-    """A line of progress for each run."""
+    """A line of progress for each run; nothing where none begins."""
     from model.progress import progress_display
 
-    with progress_display() as progress:
+    progress = progress_display()
+    with ExitStack() as shown:
 
         def observe(title: str, total: int) -> Callable[[Outcome], None]:
+            if not progress.tasks:
+                shown.enter_context(progress)
             task = progress.add_task(title, total=total)
             return lambda outcome: progress.advance(task)
 
