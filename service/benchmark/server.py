@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -88,7 +88,11 @@ def running_command(
         started = time.monotonic()
         try:
             process = subprocess.Popen(
-                arguments, cwd=_ROOT, env=inherited | dict(environment or {}), stderr=log
+                arguments,
+                cwd=_ROOT,
+                env=inherited | dict(environment or {}),
+                stderr=log,
+                start_new_session=True,
             )
         except OSError as error:
             raise ServerNotStarted(f"{arguments[0]}: it cannot be run ({error.strerror})") from error
@@ -111,12 +115,15 @@ def running_command(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server, and whatever it leaves behind of processes that it has started."""
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(_END_LIMIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait_for(process: subprocess.Popen[bytes], url: str, started: float) -> float:

@@ -269,6 +269,25 @@ def test_all_that_a_server_says_before_its_last_words_is_repeated(
         pass
 
 
+def test_a_server_that_does_not_start_leaves_no_process_behind(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(child.pid))\n"
+        "sys.exit(3)"
+    )
+    with (
+        pytest.raises(ServerNotStarted, match="ended with 3"),
+        running_command([sys.executable, "-c", code, str(tmp_path / "pid")]),
+    ):
+        pass
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    deadline = time.monotonic() + TIMEOUT_S
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_bench_serve_repeats_the_servers_refusal(server_url: str) -> None:
     code, output = bench("serve", "--url", server_url, "--rate", "1")
     assert code == 2
