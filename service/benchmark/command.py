@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from model.usage import usage_errors
 
 if TYPE_CHECKING:
     from service.benchmark.load import Outcome
-    from service.benchmark.run import LoadConfig, Observer
+    from service.benchmark.run import BatchLimits, LoadConfig, Observer
 
 __all__ = ["serving_app"]
 
@@ -129,6 +130,13 @@ def bench_batching(
         typer.Option(help="NAME=COMMAND of another server, {port} in it; may be repeated."),
     ] = None,
     reference: Annotated[str, typer.Option(help="Whose capacity the shares are of.")] = "static",
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help="N:W,N:W: batch sizes and waits in ms of the reference to try first; the one of the lowest "
+            "p95, at the same load, is compared."
+        ),
+    ] = None,
     shares: Annotated[str, typer.Option(help="Of the capacity, comma-separated.")] = "0.3,0.5,0.7,0.9",
     concurrency: Annotated[int, typer.Option(help="Unanswered requests that saturate a server.")] = 16,
     mix: _Mix = None,
@@ -172,7 +180,11 @@ def bench_batching(
                 concurrency=concurrency,
                 path=path,
                 observer=observer,
+                sweep=_parse_sweep(sweep) if sweep is not None else (),
             )
+    if sweep is not None:
+        _show(content["sweep"]["runs"])
+        typer.echo(f"{reference} is measured with {content['sweep']['best']}")
     _show(content["runs"])
     for row in content["comparison"]:
         typer.echo(_ratios(row))
@@ -235,6 +247,18 @@ def _parse_shares(text: str) -> tuple[float, ...]:
     if not shares or not all(0 < share <= 10 for share in shares):
         raise ValueError(f"shares: {text} given; numbers above 0 and up to 10, with commas between")
     return shares
+
+
+def _parse_sweep(text: str) -> tuple[BatchLimits, ...]:
+    from service.benchmark.run import BatchLimits
+
+    pairs = [re.fullmatch(r"([1-9]\d*):(\d+(?:\.\d+)?)", part) for part in text.split(",")]
+    sweep = tuple(
+        BatchLimits(max_images=int(pair.group(1)), wait_ms=float(pair.group(2))) for pair in pairs if pair
+    )
+    if len(sweep) < len(pairs):
+        raise ValueError(f"sweep: {text} given; N:W with commas between, N images and W ms, is accepted")
+    return sweep
 
 
 @contextmanager

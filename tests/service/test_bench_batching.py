@@ -140,6 +140,28 @@ def test_figures_are_over_the_references(servers: FakeServers, tmp_path: Path) -
     assert half["p95_by_entry"] == {"10-steps": 0.3333, "40-steps": 0.3333}
 
 
+def test_the_reference_is_compared_with_the_best_limits_of_a_sweep(
+    servers: FakeServers, tmp_path: Path
+) -> None:
+    """The one of the lowest p95 at 70% of the largest capacity, though it is not the one of that capacity."""
+    servers.rates |= {"20": 2.0, "50": 5.0, "200": 3.0}
+    servers.latencies |= {"20": 4.0, "50": 2.0, "200": 1.5}
+    code, output = bench_batching(tmp_path, "--shares", "0.5", "--sweep", "2:20,4:50,8:200")
+    assert code == 0, output
+    assert "static is measured with 8:200" in output
+    content = results(tmp_path)
+    swept = content["sweep"]
+    assert (swept["share"], swept["best"]) == (0.7, "8:200")
+    assert [(run["policy"], run["share"]) for run in swept["runs"]] == [
+        (label, share) for share in (None, 0.7) for label in ("2:20", "4:50", "8:200")
+    ]
+    assert {run["offered_images_per_s"] for run in swept["runs"][3:]} == {3.5}
+    assert [run["policy"] for run in content["runs"]] == ["continuous", "static"] * 2
+    assert servers.started[-1][-4:] == ["--batch-size", "8", "--batch-wait-ms", "200"]
+    assert content["runs"][1]["saturated_images_per_s"] == 3.0
+    assert "--batch-size 8 --batch-wait-ms 200" in content["config"]["servers"]["static"]
+
+
 def test_a_server_that_does_not_start_leaves_the_runs_before_it(servers: FakeServers, tmp_path: Path) -> None:
     servers.broken_after = 3
     code, output = bench_batching(tmp_path)
@@ -154,6 +176,8 @@ def test_a_server_that_does_not_start_leaves_the_runs_before_it(servers: FakeSer
         pytest.param(
             ["--reference", "none"], "reference: none given; one of continuous, static", id="reference"
         ),
+        pytest.param(["--sweep", "4:20,8"], "sweep: 4:20,8 given; N:W with commas between", id="sweep"),
+        pytest.param(["--sweep", "0:20"], "sweep: 0:20 given", id="sweep-of-none"),
         pytest.param(["--shares", "0.5,much"], "shares: 0.5,much given", id="shares"),
         pytest.param(
             ["--concurrency", "11"], "requests: 80 given with a concurrency of 11; 88", id="concurrency"
