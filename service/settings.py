@@ -196,6 +196,14 @@ class Settings(BaseSettings):
             raise ValueError("accepted are all, or different numbers as in 0,1")
         return value
 
+    @field_validator("batch_size", "batch_wait_ms")
+    @classmethod
+    def _check_static_batching(cls, value: float, info: ValidationInfo) -> float:
+        default = cls.model_fields[str(info.field_name)].default
+        if info.data.get("batching") == "continuous" and value != default:
+            raise ValueError("batching is continuous, and static alone uses it")
+        return value
+
     @field_validator("default_timeout_s")
     @classmethod
     def _check_default_timeout(cls, value: float, info: ValidationInfo) -> float:

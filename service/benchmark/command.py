@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,7 @@ from model.usage import usage_errors
 
 if TYPE_CHECKING:
     from service.benchmark.load import Outcome
-    from service.benchmark.run import LoadConfig, Observer
+    from service.benchmark.run import BatchLimits, LoadConfig, Observer
 
 __all__ = ["serving_app"]
 
@@ -43,7 +45,7 @@ _OutputDir = Annotated[
     "serve",
     epilog="Examples:  lamamba bench serve --rate 2 --slo-s 3   |   "
     "lamamba bench serve --url http://localhost:8000 --rate 5 --arrivals burst:8   |   "
-    "lamamba bench serve --concurrency 16 -- --batching static --batch-size 4",
+    "lamamba bench serve --concurrency 16 --requests 200 -- --batching static --batch-size 4",
 )
 def bench_serve(
     serve_options: _ServeOptions = None,
@@ -65,7 +67,7 @@ def bench_serve(
     name: Annotated[str, typer.Option(help="Of the results file.")] = "serve",
 ) -> None:
     """Put a server under load: throughput, goodput, latencies and where they come from."""
-    with usage_errors():
+    with _bench_errors():
         config = _config(mix, arrivals, requests, max_seconds, timeout_s, slo_s, seed)
         if (rate is None) == (concurrency is None):
             raise ValueError(f"rate: {rate} given with concurrency {concurrency}; one of the two is accepted")
@@ -75,8 +77,11 @@ def bench_serve(
         from model.benchmark.environment import RESULTS, write_json
         from service.benchmark.load import check_server
         from service.benchmark.plot import plot_run
-        from service.benchmark.run import facts, measure_open, measure_saturated
+        from service.benchmark.run import check_concurrency, facts, measure_open, measure_saturated
 
+        if concurrency is not None:
+            check_concurrency(concurrency, config.requests)
+        environment = facts()
         with _server_url(url, own_options) as address, _observer() as observer:
             check_server(address, config.mix)
             report = observer("requests", config.requests)
@@ -85,7 +90,7 @@ def bench_serve(
             else:
                 figures, outcomes = measure_open(address, config, rate or 0.0, report)
     content = {
-        "environment": facts(),
+        "environment": environment,
         "config": config.describe() | {"server": url or shlex.join(["lamamba", "serve", *own_options])},
         "run": figures,
         "requests": [
@@ -125,11 +130,18 @@ def bench_batching(
         typer.Option(help="NAME=COMMAND of another server, {port} in it; may be repeated."),
     ] = None,
     reference: Annotated[str, typer.Option(help="Whose capacity the shares are of.")] = "static",
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help="N:W,N:W: batch sizes and waits in ms of the reference to try first; the one of the lowest "
+            "p95, at the same load, is compared."
+        ),
+    ] = None,
     shares: Annotated[str, typer.Option(help="Of the capacity, comma-separated.")] = "0.3,0.5,0.7,0.9",
     concurrency: Annotated[int, typer.Option(help="Unanswered requests that saturate a server.")] = 16,
     mix: _Mix = None,
     arrivals: _Arrivals = "poisson",
-    requests: _Requests = 100,
+    requests: _Requests = 200,
     max_seconds: _MaxSeconds = 300.0,
     timeout_s: _TimeoutS = 300.0,
     slo_s: _SloS = None,
@@ -138,7 +150,7 @@ def bench_batching(
     name: Annotated[str, typer.Option(help="Of the results file.")] = "batching",
 ) -> None:
     """Compare ways to batch: capacity, then latency at shares of the reference's capacity."""
-    with usage_errors():
+    with _bench_errors():
         config = _config(mix, arrivals, requests, max_seconds, timeout_s, slo_s, seed)
         from model.benchmark.environment import RESULTS
         from service.benchmark.plot import plot_comparison
@@ -151,7 +163,13 @@ def bench_batching(
             name: serve_command([*common_options, *options])
             for name, options in (_named(text, "policy") for text in policies)
         }
-        commands |= dict(_named(text, "peer") for text in peer or ())
+        for text in peer or ():
+            peer_name, command = _named(text, "peer")
+            if not command:
+                raise ValueError(f"peer: {text} given; NAME=COMMAND is accepted")
+            if peer_name in commands:
+                raise ValueError(f"peer: {peer_name} given 2 times; names must differ")
+            commands[peer_name] = command
         path = (output_dir or RESULTS) / f"{name}.json"
         with _observer() as observer:
             content = run_comparison(
@@ -162,11 +180,30 @@ def bench_batching(
                 concurrency=concurrency,
                 path=path,
                 observer=observer,
+                sweep=_parse_sweep(sweep) if sweep is not None else (),
             )
+    if sweep is not None:
+        _show(content["sweep"]["runs"])
+        typer.echo(f"{reference} is measured with {content['sweep']['best']}")
     _show(content["runs"])
     for row in content["comparison"]:
         typer.echo(_ratios(row))
     _draw(path, lambda picture: plot_comparison(content, picture))
+
+
+@contextmanager
+def _bench_errors() -> Iterator[None]:
+    """One line and exit code 2 for a wrong use or a missing client, and 1 where a server does not start."""
+    with usage_errors():
+        if find_spec("httpx") is None:
+            raise ValueError("httpx: not installed; it is in the extra `bench`: pip install 'lamamba[bench]'")
+        from service.benchmark.server import ServerNotStarted
+
+        try:
+            yield
+        except ServerNotStarted as error:
+            typer.secho(f"lamamba: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from error
 
 
 def _config(
@@ -196,7 +233,10 @@ def _named(text: str, option: str) -> tuple[str, list[str]]:
     name, equals, words = text.partition("=")
     if not name or not equals:
         raise ValueError(f"{option}: {text} given; NAME=WORDS is accepted")
-    return name, shlex.split(words)
+    try:
+        return name, shlex.split(words)
+    except ValueError as error:
+        raise ValueError(f"{option}: {text} given; {str(error).lower()}") from error
 
 
 def _parse_shares(text: str) -> tuple[float, ...]:
@@ -207,6 +247,18 @@ def _parse_shares(text: str) -> tuple[float, ...]:
     if not shares or not all(0 < share <= 10 for share in shares):
         raise ValueError(f"shares: {text} given; numbers above 0 and up to 10, with commas between")
     return shares
+
+
+def _parse_sweep(text: str) -> tuple[BatchLimits, ...]:
+    from service.benchmark.run import BatchLimits
+
+    pairs = [re.fullmatch(r"([1-9]\d*):(\d+(?:\.\d+)?)", part) for part in text.split(",")]
+    sweep = tuple(
+        BatchLimits(max_images=int(pair.group(1)), wait_ms=float(pair.group(2))) for pair in pairs if pair
+    )
+    if len(sweep) < len(pairs):
+        raise ValueError(f"sweep: {text} given; N:W with commas between, N images and W ms, is accepted")
+    return sweep
 
 
 @contextmanager
@@ -222,12 +274,15 @@ def _server_url(url: str | None, serve_options: Sequence[str]) -> Iterator[str]:
 
 @contextmanager
 def _observer() -> Iterator[Observer]:
-    """A line of progress for each run."""
+    """A line of progress for each run; nothing where none begins."""
     from model.progress import progress_display
 
-    with progress_display() as progress:
+    progress = progress_display()
+    with ExitStack() as shown:
 
         def observe(title: str, total: int) -> Callable[[Outcome], None]:
+            if not progress.tasks:
+                shown.enter_context(progress)
             task = progress.add_task(title, total=total)
             return lambda outcome: progress.advance(task)
 

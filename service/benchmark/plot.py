@@ -49,7 +49,7 @@ def plot_comparison(content: Mapping[str, Any], path: Path) -> Path:
             (panels[0], [run["overall"] for run in opened]),
             (panels[1], [run["by_entry"].get(shortest, {}) for run in opened]),
         ):
-            for name, style in (("p95", "-"), ("p50", ":")):
+            for name, style, marker in (("p95", "-", "o"), ("p50", ":", "v")):
                 points = [
                     (run["offered_images_per_s"], entry["latency_s"][name])
                     for run, entry in zip(opened, figures, strict=True)
@@ -57,7 +57,11 @@ def plot_comparison(content: Mapping[str, Any], path: Path) -> Path:
                 ]
                 if points:
                     axes.plot(
-                        *zip(*points, strict=True), style, marker="o", color=color, label=f"{policy}, {name}"
+                        *zip(*points, strict=True),
+                        style,
+                        marker=marker,
+                        color=color,
+                        label=f"{policy}, {name}",
                     )
             for rate in saturated:
                 axes.axvline(rate, color=color, alpha=0.4, linestyle="--", linewidth=1)

@@ -5,19 +5,37 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from model.benchmark.environment import environment, write_json
 from service.benchmark.arrivals import burst_size, plan_requests
 from service.benchmark.load import Outcome, check_server, closed_loop, open_loop
 from service.benchmark.mix import MixEntry, mean_images
 from service.benchmark.server import running_command
-from service.benchmark.summary import compare, saturated_images_per_s, summarize
+from service.benchmark.summary import (
+    REQUESTS_PER_CONCURRENCY,
+    compare,
+    saturated_images_per_s,
+    summarize,
+)
 
-__all__ = ["LoadConfig", "Observer", "facts", "measure_open", "measure_saturated", "run_comparison"]
+__all__ = [
+    "SWEEP_SHARE",
+    "BatchLimits",
+    "LoadConfig",
+    "Observer",
+    "check_concurrency",
+    "facts",
+    "measure_open",
+    "measure_saturated",
+    "run_comparison",
+]
+
+SWEEP_SHARE: Final = 0.7
+"""Of the largest capacity among the limits that are tried: the load at which their p95 are compared."""
 
 Observer = Callable[[str, int], Callable[[Outcome], None]]
 """Is given a run's title and its number of requests; returns what hears of each outcome."""
@@ -63,6 +81,18 @@ def facts() -> dict[str, Any]:
     return environment() | {"cpus": os.cpu_count(), "load_average": round(os.getloadavg()[0], 2)}
 
 
+def check_concurrency(concurrency: int, requests: int) -> None:
+    """Raises ValueError where that many requests do not measure a server that the concurrency saturates."""
+    if concurrency < 1:
+        raise ValueError(f"concurrency: {concurrency} given; 1 or more is accepted")
+    if requests < REQUESTS_PER_CONCURRENCY * concurrency:
+        raise ValueError(
+            f"requests: {requests} given with a concurrency of {concurrency}; "
+            f"{REQUESTS_PER_CONCURRENCY * concurrency} or more, {REQUESTS_PER_CONCURRENCY} times the "
+            "concurrency, is accepted"
+        )
+
+
 def measure_open(
     url: str, config: LoadConfig, images_per_s: float, report: Callable[[Outcome], None]
 ) -> tuple[dict[str, Any], list[Outcome]]:
@@ -88,12 +118,7 @@ def measure_open(
 def measure_saturated(
     url: str, config: LoadConfig, concurrency: int, report: Callable[[Outcome], None]
 ) -> tuple[dict[str, Any], list[Outcome]]:
-    """A closed loop of `concurrency`: its figures, `saturated_images_per_s` first, and each outcome."""
-    if not 1 <= concurrency < config.requests / 2:
-        raise ValueError(
-            f"concurrency: {concurrency} given; 1 and more is accepted, and less than half of the "
-            f"{config.requests} requests"
-        )
+    """A closed loop of `concurrency` (`check_concurrency`): its figures and its outcomes."""
     planned = plan_requests(config.mix, rate_per_s=math.inf, num_requests=config.requests, seed=config.seed)
     outcomes = asyncio.run(
         closed_loop(
@@ -110,6 +135,25 @@ def measure_saturated(
     return figures | summarize(outcomes, slo_s=config.slo_s), outcomes
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchLimits:
+    """When a batch of whole requests begins."""
+
+    max_images: int
+    wait_ms: float
+    """Milliseconds that the first image waits for others."""
+
+    @property
+    def label(self) -> str:
+        """As in `--sweep` and in results."""
+        return f"{self.max_images}:{self.wait_ms:g}"
+
+    @property
+    def options(self) -> list[str]:
+        """For a server's command."""
+        return ["--batch-size", str(self.max_images), "--batch-wait-ms", f"{self.wait_ms:g}"]
+
+
 def run_comparison(
     commands: Mapping[str, Sequence[str]],
     config: LoadConfig,
@@ -119,6 +163,7 @@ def run_comparison(
     concurrency: int,
     path: Path,
     observer: Observer,
+    sweep: Sequence[BatchLimits] = (),
 ) -> dict[str, Any]:
     """Measure each server when saturated, then all of them at shares of the reference's capacity.
 
@@ -127,19 +172,46 @@ def run_comparison(
 
     Args:
         commands: how each server is started, by the policy's name; `{port}` stands for the port.
+        sweep: limits of the reference's batches to try first; it is compared with the best of them.
 
-    Raises ValueError for what cannot be measured, RuntimeError where a server does not start.
+    Raises ValueError for what cannot be measured, ServerNotStarted where a server does not start.
     """
     if reference not in commands:
         raise ValueError(f"reference: {reference} given; one of {', '.join(commands)} is accepted")
-    head = {
+    check_concurrency(concurrency, config.requests)
+    head: dict[str, Any] = {
         "environment": facts(),
         "config": config.describe()
         | {"servers": {name: " ".join(command) for name, command in commands.items()}}
         | {"reference": reference, "shares": list(shares), "concurrency": concurrency},
     }
-    runs: list[dict[str, Any]] = []
-    content: dict[str, Any] = {}
+    if sweep:
+        head["sweep"] = {"share": SWEEP_SHARE, "runs": [], "best": None}
+        tried = {limits.label: [*commands[reference], *limits.options] for limits in sweep}
+        runs = head["sweep"]["runs"]
+        for run in _runs(tried, config, None, (SWEEP_SHARE,), concurrency, observer):
+            runs.append(run)
+            write_json(path, head)
+        head["sweep"]["best"] = best = _lowest_p95(runs)
+        commands = {**commands, reference: tried[best]}
+        head["config"]["servers"][reference] = " ".join(tried[best])
+    content: dict[str, Any] = head | {"runs": [], "comparison": []}
+    for run in _runs(commands, config, reference, shares, concurrency, observer):
+        content["runs"].append(run)
+        content["comparison"] = compare(content["runs"], reference)
+        write_json(path, content)
+    return content
+
+
+def _runs(
+    commands: Mapping[str, Sequence[str]],
+    config: LoadConfig,
+    reference: str | None,
+    shares: Sequence[float],
+    concurrency: int,
+    observer: Observer,
+) -> Iterator[dict[str, Any]]:
+    """Each server saturated, then each at shares of the reference's capacity; None: of the largest one."""
     capacity = 0.0
     for share in (None, *shares):
         for policy, command in commands.items():
@@ -151,9 +223,17 @@ def run_comparison(
                     figures, _ = measure_saturated(server.url, config, concurrency, report)
                 else:
                     figures, _ = measure_open(server.url, config, share * capacity, report)
-            runs.append({"policy": policy, "share": share} | figures)
-            if share is None and policy == reference:
-                capacity = figures["saturated_images_per_s"]
-            content = head | {"runs": runs, "comparison": compare(runs, reference)}
-            write_json(path, content)
-    return content
+            if share is None and reference in (None, policy):
+                capacity = max(capacity, figures["saturated_images_per_s"])
+            yield {"policy": policy, "share": share} | figures
+
+
+def _lowest_p95(runs: Sequence[Mapping[str, Any]]) -> str:
+    latencies = {
+        run["policy"]: run["overall"]["latency_s"]["p95"]
+        for run in runs
+        if run["share"] is not None and run["overall"]["latency_s"]
+    }
+    if not latencies:
+        raise ValueError("sweep: no request was answered with any of the limits")
+    return min(latencies, key=lambda label: latencies[label])

@@ -9,14 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Final
 
 import httpx
 
-__all__ = ["PORT", "RunningServer", "running_command", "running_server", "serve_command"]
+__all__ = ["PORT", "RunningServer", "ServerNotStarted", "running_command", "running_server", "serve_command"]
 
 PORT: Final = "{port}"
 """What stands for the port in a command."""
@@ -25,6 +26,10 @@ _ROOT = Path(__file__).resolve().parents[2]
 _POLL_S = 0.02
 _START_LIMIT_S = 120.0
 _END_LIMIT_S = 30.0
+
+
+class ServerNotStarted(RuntimeError):
+    """The server ended, or was not ready in time; the message is one line and ends with its last words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,40 +78,66 @@ def running_command(
 ) -> Iterator[RunningServer]:
     """Start a server that has our probes, wait until it is ready, end it after use.
 
-    `{port}` in the command stands for a free port; it runs in the repository's root. Raises RuntimeError
-    where it ends, or is not ready after two minutes.
+    `{port}` in the command stands for a free port; it runs in the repository's root. What it writes to stderr
+    is repeated when it has ended. Raises ServerNotStarted where it ends, or is not ready after two minutes.
     """
     port = str(_free_port())
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LAMAMBA_")}
     arguments = [argument.replace(PORT, port) for argument in command]
-    started = time.monotonic()
-    process = subprocess.Popen(arguments, cwd=_ROOT, env=inherited | dict(environment or {}))
-    try:
-        url = f"http://127.0.0.1:{port}"
-        live_s = _wait_for(process, f"{url}/health/live", started)
-        ready_s = _wait_for(process, f"{url}/health/ready", started)
-        yield RunningServer(url=url, pid=process.pid, live_s=live_s, ready_s=ready_s)
-    finally:
-        process.send_signal(signal.SIGTERM)
+    with TemporaryFile() as log:
+        started = time.monotonic()
         try:
-            process.wait(_END_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            process = subprocess.Popen(
+                arguments,
+                cwd=_ROOT,
+                env=inherited | dict(environment or {}),
+                stderr=log,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ServerNotStarted(f"{arguments[0]}: it cannot be run ({error.strerror})") from error
+        failure: ServerNotStarted | None = None
+        try:
+            url = f"http://127.0.0.1:{port}"
+            live_s = _wait_for(process, f"{url}/health/live", started)
+            ready_s = _wait_for(process, f"{url}/health/ready", started)
+            yield RunningServer(url=url, pid=process.pid, live_s=live_s, ready_s=ready_s)
+        except ServerNotStarted as error:
+            failure = error
+        finally:
+            _end(process)
+            log.seek(0)
+            lines = log.read().decode(errors="replace").splitlines(keepends=True)
+            last = lines.pop().strip() if failure and lines else ""
+            sys.stderr.writelines(lines)
+        if failure:
+            raise ServerNotStarted(f"{failure}: {last}" if last else str(failure))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server, and whatever it leaves behind of processes that it has started."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_END_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait_for(process: subprocess.Popen[bytes], url: str, started: float) -> float:
-    """Seconds from `started` until `url` answers 200. Raises RuntimeError where it never does."""
+    """Seconds from `started` until `url` answers 200. Raises ServerNotStarted where it never does."""
     while time.monotonic() - started < _START_LIMIT_S:
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended with {process.returncode} before it was ready")
+            raise ServerNotStarted(f"the server ended with {process.returncode} before it was ready")
         try:
             if httpx.get(url, timeout=5.0, trust_env=False).status_code == 200:
                 return time.monotonic() - started
         except httpx.TransportError:
             pass  # not listening yet
         time.sleep(_POLL_S)
-    raise RuntimeError(f"the server was not ready after {_START_LIMIT_S:.0f} s")
+    raise ServerNotStarted(f"the server was not ready after {_START_LIMIT_S:.0f} s")
 
 
 def _free_port() -> int:

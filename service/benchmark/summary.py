@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from service.benchmark.load import Outcome
 from service.metrics import STAGES
 
-__all__ = ["compare", "percentiles", "saturated_images_per_s", "summarize"]
+__all__ = ["REQUESTS_PER_CONCURRENCY", "compare", "percentiles", "saturated_images_per_s", "summarize"]
+
+REQUESTS_PER_CONCURRENCY: Final = 8
+"""Answers that a closed loop needs, times its concurrency. Of fewer, too many are those of the beginning,
+when all requests are at the same step and short ones end first."""
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:
@@ -46,15 +50,16 @@ def summarize(outcomes: Sequence[Outcome], *, slo_s: float | None = None) -> dic
 def saturated_images_per_s(outcomes: Sequence[Outcome], concurrency: int) -> float:
     """Images a second of a closed loop while it was full: without the first and last `concurrency` answers.
 
-    Raises ValueError where so few were answered that it was never both full and past its beginning.
+    Raises ValueError for less than REQUESTS_PER_CONCURRENCY answers times `concurrency`.
     """
     done = sorted((outcome.done_s, outcome.entry.num_images) for outcome in outcomes if outcome.ok)
-    counted = done[concurrency : len(done) - concurrency]
-    if not counted:
+    needed = REQUESTS_PER_CONCURRENCY * concurrency
+    if len(done) < needed:
         raise ValueError(
-            f"requests: {len(done)} answered with a concurrency of {concurrency}; "
-            f"more than {2 * concurrency} are needed to measure a saturated server"
+            f"requests: {len(done)} answered with a concurrency of {concurrency}; {needed} and more, "
+            f"{REQUESTS_PER_CONCURRENCY} times the concurrency, are needed to measure a saturated server"
         )
+    counted = done[concurrency : len(done) - concurrency]
     return sum(images for _, images in counted) / (counted[-1][0] - done[concurrency - 1][0])
 
 

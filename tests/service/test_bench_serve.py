@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from service.app import create_app
 from service.benchmark.arrivals import PlannedRequest, plan_requests
 from service.benchmark.load import Outcome, open_loop
 from service.benchmark.mix import DEFAULT_MIX, MixEntry, load_mix
+from service.benchmark.server import ServerNotStarted, running_command
 from service.benchmark.summary import percentiles, saturated_images_per_s, summarize
 from service.cli import app
 from service.settings import Settings
@@ -137,11 +139,11 @@ def test_goodput_counts_answers_in_time_by_the_entrys_own_limit_first() -> None:
 
 
 def test_capacity_leaves_out_the_beginning_and_the_end() -> None:
-    slow_ends = [*(outcome(10.0 + i) for i in range(2)), *(outcome(11.0 + 0.5 * i) for i in range(1, 9))]
+    slow_ends = [*(outcome(10.0 + i) for i in range(2)), *(outcome(11.0 + 0.5 * i) for i in range(1, 13))]
     tail = [outcome(100.0), outcome(200.0)]
     assert saturated_images_per_s([*slow_ends, *tail], 2) == pytest.approx(2.0)
-    with pytest.raises(ValueError, match="requests: 4 answered with a concurrency of 2"):
-        saturated_images_per_s(slow_ends[:4], 2)
+    with pytest.raises(ValueError, match="requests: 15 answered with a concurrency of 2; 16 and more"):
+        saturated_images_per_s([*slow_ends, *tail][:15], 2)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +187,11 @@ def test_a_mix_is_read_from_json_as_from_yaml(tmp_path: Path) -> None:
         pytest.param([], "rate: None given with concurrency None", id="no-load"),
         pytest.param(["--rate", "1", "--arrivals", "burst:0"], "arrivals: burst:0 given", id="arrivals"),
         pytest.param(["--rate", "1", "--requests", "0"], "requests: 0 given", id="requests"),
+        pytest.param(
+            ["--concurrency", "5", "--requests", "39"],
+            "requests: 39 given with a concurrency of 5; 40 or more",
+            id="concurrency",
+        ),
         pytest.param(["--rate", "1", "--slo-s", "-1"], "slo_s: -1 given", id="slo"),
         pytest.param(["--rate", "1", "--url", "http://127.0.0.1:9"], "no server answers there", id="url"),
     ],
@@ -198,14 +205,14 @@ def test_bench_serve_refuses_bad_input_in_one_line(arguments: list[str], message
 def test_bench_serve_measures_a_server(server_url: str, tmp_path: Path) -> None:
     mix = tmp_path / "mix.yaml"
     mix.write_text("- {steps: 2, resolution: 16}\n- {steps: 5, resolution: 16}")
-    common = ("--url", server_url, "--mix", str(mix), "--requests", "12", "--output-dir", str(tmp_path))
+    common = ("--url", server_url, "--mix", str(mix), "--requests", "24", "--output-dir", str(tmp_path))
     started = time.monotonic()
     code, output = bench("serve", *common, "--rate", "200", "--slo-s", "20")
     assert code == 0, output
     assert time.monotonic() - started < TIMEOUT_S
     content = json.loads((tmp_path / "serve.json").read_text())
     overall = content["run"]["overall"]
-    assert overall["statuses"] == {"200": 12}
+    assert overall["statuses"] == {"200": 24}
     assert overall["goodput_images_per_s"] == overall["images_per_s"] > 0
     assert all(overall["stages_s"][stage]["p99"] >= 0 for stage in ("queue", "denoise", "decode", "encode"))
     assert set(content["run"]["by_entry"]) == {"2-steps", "5-steps"}
@@ -213,6 +220,72 @@ def test_bench_serve_measures_a_server(server_url: str, tmp_path: Path) -> None:
     code, output = bench("serve", *common, "--concurrency", "3", "--name", "full")
     assert code == 0, output
     assert json.loads((tmp_path / "full.json").read_text())["run"]["saturated_images_per_s"] > 0
+
+
+def test_the_load_average_is_that_before_the_run(
+    server_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own load says nothing of whether the machine was idle."""
+    loads = iter([0.25, 9.0])
+    monkeypatch.setattr("os.getloadavg", lambda: (next(loads), 0.0, 0.0))
+    mix = tmp_path / "mix.yaml"
+    mix.write_text("- {steps: 2, resolution: 16}")
+    seen: list[float] = []
+    monkeypatch.setattr("service.benchmark.load.check_server", lambda url, mix: seen.append(next(loads)))
+    common = ("--url", server_url, "--mix", str(mix), "--requests", "2", "--output-dir", str(tmp_path))
+    code, output = bench("serve", *common, "--rate", "50")
+    assert (code, seen) == (0, [9.0]), output
+    assert json.loads((tmp_path / "serve.json").read_text())["environment"]["load_average"] == 0.25
+
+
+@pytest.mark.parametrize("command", ["serve", "batching"])
+def test_without_the_client_the_extra_is_named(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    code, output = bench(command)
+    assert (code, output.count("\n")) == (2, 1), output
+    assert "extra `bench`" in output
+
+
+def test_a_server_that_does_not_start_is_told_in_its_own_words() -> None:
+    code, output = bench("serve", "--rate", "1", "--", "--batch-size", "4")
+    assert (code, output.count("\n")) == (1, 1), output
+    assert "the server ended with 2 before it was ready: lamamba: batch_size: 4 given" in output
+
+
+def test_all_that_a_server_says_before_its_last_words_is_repeated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = "import sys; sys.exit('a warning\\nthe reason')"
+    with (
+        pytest.raises(ServerNotStarted, match=r"ended with 1 before it was ready: the reason$"),
+        running_command([sys.executable, "-c", code]),
+    ):
+        pass
+    assert capsys.readouterr().err == "a warning\n"
+    with (
+        pytest.raises(ServerNotStarted, match="no-such-server: it cannot be run"),
+        running_command(["no-such-server"]),
+    ):
+        pass
+
+
+def test_a_server_that_does_not_start_leaves_no_process_behind(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(child.pid))\n"
+        "sys.exit(3)"
+    )
+    with (
+        pytest.raises(ServerNotStarted, match="ended with 3"),
+        running_command([sys.executable, "-c", code, str(tmp_path / "pid")]),
+    ):
+        pass
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    deadline = time.monotonic() + TIMEOUT_S
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_bench_serve_repeats_the_servers_refusal(server_url: str) -> None:

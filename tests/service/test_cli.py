@@ -82,7 +82,7 @@ def test_help_and_version_load_neither_torch_nor_the_server() -> None:
         "from service.cli import app\n"
         "from typer.testing import CliRunner\n"
         "for arguments in (['--help'], ['--version'], ['serve', '--help'], ['sample', '--help'], "
-        "['bench', 'model', '--help']):\n"
+        "['bench', 'model', '--help'], ['bench', 'serve', '--help'], ['bench', 'batching', '--help']):\n"
         "    assert CliRunner().invoke(app, arguments).exit_code == 0, arguments\n"
         "print(sorted({'torch', 'diffusers', 'fastapi', 'uvicorn', 'numpy'} & set(sys.modules)))\n"
     )
@@ -264,6 +264,10 @@ def test_serve_stops_with_one_line_and_2_on_a_taken_port(folder: Path) -> None:
     ("arguments", "variable", "message"),
     [
         pytest.param(["--port", "99999"], {}, "lamamba: port: 99999 given", id="option"),
+        pytest.param(["--batch-size", "4"], {}, "batch_size: 4 given; batching is continuous", id="unused"),
+        pytest.param(
+            [], {"LAMAMBA_BATCH_WAIT_MS": "5"}, 'LAMAMBA_BATCH_WAIT_MS: "5" given', id="unused-variable"
+        ),
         pytest.param([], {"LAMAMBA_MAX_ROW": "4"}, "LAMAMBA_MAX_ROW: no such setting", id="unknown-variable"),
         pytest.param([], {"LAMAMBA_DTYPE": "int4"}, 'LAMAMBA_DTYPE: "int4" given', id="wrong-variable"),
     ],

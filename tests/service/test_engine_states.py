@@ -338,5 +338,7 @@ class StaticEngineMachine(EngineMachine):
 
 TestEngineStates = EngineMachine.TestCase
 TestStaticEngineStates = StaticEngineMachine.TestCase
-for case in (TestEngineStates, TestStaticEngineStates):
-    case.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+# No loop: its variable would be collected as a third class.
+TestEngineStates.settings = TestStaticEngineStates.settings = settings(
+    max_examples=100, stateful_step_count=30, deadline=None
+)
