@@ -17,23 +17,14 @@ from PIL import Image
 
 from model.diffusion.samplers import SAMPLERS
 from service.engine.engine import Engine
-from service.engine.request import GenerationRequest, Preview, Ticket
+from service.engine.request import Preview, Ticket
 from service.metrics import Metrics
 from tests.fakes import fake_pipeline
 from tests.service.conftest import ClientFactory
+from tests.service.engine_requests import REQUEST, TIMEOUT_S
 
 EVENTS = {"Accept": "text/event-stream"}
 BODY: dict[str, Any] = {"class_id": 2, "steps": 6, "seed": 9}
-TIMEOUT_S = 30.0
-REQUEST = GenerationRequest(
-    request_id="r",
-    model="fake-16",
-    class_label=1,
-    guidance_scale=2.5,
-    num_inference_steps=6,
-    sampler="dpm++",
-    seed=11,
-)
 
 
 class Recorder:

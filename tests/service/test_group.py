@@ -18,7 +18,7 @@ from service.errors import Draining, EngineStopped, QueueFull
 from service.metrics import Metrics
 from service.runtime import serving_devices
 from tests.fakes import fake_pipeline
-from tests.service.test_engine import REQUEST, TIMEOUT_S, assert_equals_alone, images
+from tests.service.engine_requests import REQUEST, TIMEOUT_S, assert_equals_alone, images
 
 
 class Broken(torch.AcceleratorError):

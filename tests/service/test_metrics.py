@@ -12,24 +12,14 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.engine.engine import Engine
-from service.engine.request import GenerationRequest
 from service.errors import EngineStopped, GenerationFailed, InvalidField, QueueFull
 from service.metrics import FINISHED_REASONS, Metrics, RateWindow, rows_label
 from service.runtime import Runtime
 from tests.fakes import fake_pipeline
 from tests.service.conftest import ClientFactory
+from tests.service.engine_requests import REQUEST, TIMEOUT_S
 
 BODY: dict[str, Any] = {"class_id": 2, "steps": 6, "seed": 9}
-REQUEST = GenerationRequest(
-    request_id="r",
-    model="fake-16",
-    class_label=1,
-    guidance_scale=2.5,
-    num_inference_steps=6,
-    sampler="dpm++",
-    seed=11,
-)
-TIMEOUT_S = 30.0
 
 
 def values(text: str) -> dict[str, float]:
