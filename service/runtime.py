@@ -181,6 +181,7 @@ class Runtime:
             engine = EngineGroup(
                 [self._engine_of(pipelines, len(devices)) for pipelines in loaded],
                 rebuild=lambda index: self._engine_of(self._load(devices[index]), len(devices)),
+                metrics=self.metrics,
             )
         except ValueError as error:
             raise StartupError(str(error)) from error

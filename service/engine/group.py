@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from service.engine.engine import Engine
     from service.engine.request import Watcher
+    from service.metrics import Metrics
 
 __all__ = ["EngineGroup"]
 
@@ -45,6 +46,7 @@ class EngineGroup:
         engines: Sequence[Engine],
         *,
         rebuild: Callable[[int], Engine],
+        metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -54,6 +56,7 @@ class EngineGroup:
         """
         self._engines = list(engines)
         self._rebuild = rebuild
+        self._metrics = metrics
         self._clock = clock
         self._lock = threading.Lock()  # guards the next three, and the list above
         self._owners: WeakKeyDictionary[Ticket, Engine] = WeakKeyDictionary()
@@ -178,19 +181,17 @@ class EngineGroup:
             self._num_moving -= 1
 
     def _move(self, ticket: Ticket) -> None:
-        error = EngineStopped("the engine has stopped, and no other could make the request's images")
-        if ticket.restarts == MAX_RESTARTS:
-            ticket.fail(error)
-            return
+        others = self._by_load() if ticket.restarts < MAX_RESTARTS else []
         ticket.restart()
-        for engine in self._by_load():
+        for engine in others:
             try:
                 engine.adopt(ticket)
             except EngineStopped:
                 continue
             self._owners[ticket] = engine
             return
-        ticket.fail(error)
+        if ticket.fail(EngineStopped("the engine has stopped, and no other could make the request's images")):
+            self._metrics.request_success.labels("error").inc()
 
     def _replace(self, index: int) -> bool:
         dead = self._engines[index]

@@ -36,7 +36,10 @@ class Devices:
         self.gate = threading.Event()
         self.gate.set()
         self._max_queue_images = max_queue_images
-        self.group = EngineGroup([self.engine(index) for index in range(count)], rebuild=self.engine)
+        self.metrics = Metrics()
+        self.group = EngineGroup(
+            [self.engine(index) for index in range(count)], rebuild=self.engine, metrics=self.metrics
+        )
 
     def engine(self, index: int) -> Engine:
         self.builds += 1
@@ -49,7 +52,7 @@ class Devices:
             {pipeline.name: pipeline},
             max_rows=4,
             max_queue_images=self._max_queue_images,
-            metrics=Metrics(),
+            metrics=self.metrics,
         )
 
     def _step(self, index: int) -> None:
@@ -148,6 +151,7 @@ def test_a_request_that_kills_two_engines_is_answered_with_engine_stopped(device
         images(ticket)
     wait_for(lambda: devices.group.num_alive == 3)
     assert devices.builds == 5
+    assert 'request_success_total{finished_reason="error"} 1.0' in devices.metrics.render().decode()
 
 
 def test_with_no_engine_left_the_group_has_failed(devices_of: DevicesFactory) -> None:
