@@ -200,6 +200,14 @@ class QueueFull(Retryable):
     status = 429
     code = "queue_full"
 
+    @classmethod
+    def of(cls, *, waiting: int, given: int, accepted: int, retry_after_s: float) -> QueueFull:
+        """Said in numbers of images: those that wait, those of the request, and the most that may wait."""
+        return cls(
+            f"queue: {waiting} images wait and {given} more were given; this server accepts {accepted}",
+            retry_after_s=retry_after_s,
+        )
+
 
 class RateLimited(Retryable):
     """The client has asked for as many images as a minute allows."""

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from model.images import ImageFormat
 from model.limits import MAX_IMAGE_INDEX, MAX_SEED
 from service.api.paths import route_path
-from service.api.schemas import MAX_TEXT, GenerateRequest
+from service.api.schemas import MAX_TEXT, GenerateRequest, RequestBody
 from service.errors import InvalidField
 
 if TYPE_CHECKING:
@@ -62,16 +62,11 @@ _FIXED: Final = {
 }
 
 
-class ImagesRequest(BaseModel):
+class ImagesRequest(RequestBody):
     """What to generate: OpenAI's fields, then ours."""
 
     model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        frozen=True,
-        protected_namespaces=(),
-        json_schema_extra={"examples": [{"prompt": "forest", "n": 1, "size": "auto", "seed": 0}]},
+        json_schema_extra={"examples": [{"prompt": "forest", "n": 1, "size": "auto", "seed": 0}]}
     )
 
     prompt: int | Annotated[str, Field(max_length=MAX_TEXT)] = Field(

@@ -35,16 +35,19 @@ MAX_CLASSES: Final = 1000
 """Classes in one answer of `/v1/classes`."""
 
 
-class GenerateRequest(BaseModel):
+class RequestBody(BaseModel):
+    """What every body is read by: no field passes for another, and no value for one of another type."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=()
+    )
+
+
+class GenerateRequest(RequestBody):
     """What to generate."""
 
     model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        frozen=True,
-        protected_namespaces=(),
-        json_schema_extra={"examples": [{"class_id": 0, "cfg_scale": 2.5, "steps": 20, "seed": 0}]},
+        json_schema_extra={"examples": [{"class_id": 0, "cfg_scale": 2.5, "steps": 20, "seed": 0}]}
     )
 
     class_id: int | Annotated[str, Field(max_length=MAX_TEXT)] | None = Field(

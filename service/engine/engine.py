@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 _MAX_RETRY_AFTER_S = 60.0
+_STOPPED = "the engine has stopped; this server is about to be restarted"
 
 _logger = logging.getLogger(__name__)
 
@@ -122,9 +123,10 @@ class Engine:
                 raise Draining("this server is shutting down and takes no further requests")
             waiting = self._num_waiting_images
             if waiting + request.num_images > self.max_queue_images:
-                raise QueueFull(
-                    f"queue: {waiting} images wait and {request.num_images} more were given; "
-                    f"this server accepts {self.max_queue_images}",
+                raise QueueFull.of(
+                    waiting=waiting,
+                    given=request.num_images,
+                    accepted=self.max_queue_images,
                     retry_after_s=self.estimated_wait_s(waiting),
                 )
             self._enqueue(ticket)
@@ -149,11 +151,7 @@ class Engine:
         if not ended or self._thread.is_alive():
             self._fail_all(EngineStopped("the engine has stopped and does not end"))
             return []
-        with self._changed:
-            tickets, self._tickets = self._tickets, set()
-            self._num_waiting_images = 0
-            self._changed.notify_all()
-        return [ticket for ticket in tickets if not ticket.done]
+        return [ticket for ticket in self._take_tickets() if not ticket.done]
 
     def cancel(self, ticket: Ticket) -> None:
         """Give a request up: its slots are free at the next step. Does nothing to a finished one."""
@@ -449,13 +447,13 @@ class Engine:
         self._stopping = True
         self._inbox.put(_nothing)
         if self.on_death is None:
-            self._fail_all(EngineStopped("the engine has stopped; this server is about to be restarted"))
+            self._fail_all(EngineStopped(_STOPPED))
         elif first:
             self.on_death()
 
     def _check_alive(self) -> None:
         if not self.alive:
-            raise EngineStopped("the engine has stopped; this server is about to be restarted")
+            raise EngineStopped(_STOPPED)
 
     def _enqueue(self, ticket: Ticket) -> None:
         """Hand a request to the engine's thread; `_changed` is held."""
@@ -464,13 +462,17 @@ class Engine:
         self._inbox.put(partial(self._accept, ticket))
 
     def _fail_all(self, error: Exception) -> None:
+        for ticket in self._take_tickets():
+            if ticket.fail(error):
+                self._metrics.request_success.labels("error").inc()
+
+    def _take_tickets(self) -> set[Ticket]:
+        """All requests without an answer, for which this engine answers no longer."""
         with self._changed:
             tickets, self._tickets = self._tickets, set()
             self._num_waiting_images = 0
             self._changed.notify_all()
-        for ticket in tickets:
-            if ticket.fail(error):
-                self._metrics.request_success.labels("error").inc()
+        return tickets
 
     def _num_requests(self, *, started: bool) -> int:
         with self._changed:

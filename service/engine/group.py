@@ -135,14 +135,17 @@ class EngineGroup:
     def _queue_full(self, num_images: int) -> QueueFull:
         alive = [engine for engine in self._engines if engine.alive]
         waiting = sum(engine.num_waiting_images for engine in alive)
-        return QueueFull(
-            f"queue: {waiting} images wait and {num_images} more were given; this server accepts "
-            f"{sum(engine.max_queue_images for engine in alive)}",
+        return QueueFull.of(
+            waiting=waiting,
+            given=num_images,
+            accepted=sum(engine.max_queue_images for engine in alive),
             retry_after_s=alive[0].estimated_wait_s(waiting) if alive else 1.0,
         )
 
     def _by_load(self) -> list[Engine]:
-        return sorted((engine for engine in self._engines if engine.alive), key=lambda one: one.rows_left)
+        alive = [engine for engine in self._engines if engine.alive]
+        # On the way of every request, and the load of one engine alone decides nothing.
+        return sorted(alive, key=lambda engine: engine.rows_left) if len(alive) > 1 else alive
 
     # --- the supervisor's thread ---
 
