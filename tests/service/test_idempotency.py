@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -21,7 +20,7 @@ from service.idempotency import REPLAYED_HEADER, IdempotencyKey, IdempotentAnswe
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.fakes import fake_pipeline
-from tests.service.conftest import ClientFactory
+from tests.service.conftest import ClientFactory, post_and_leave
 
 TIMEOUT_S = 30.0
 OURS: dict[str, Any] = {"class_id": 2, "steps": 4}  # without a seed: two runs give two images
@@ -154,29 +153,8 @@ class Crowd:
 
     async def ask(self, leave: asyncio.Event) -> int:
         """The status that was sent."""
-        messages = [{"type": "http.request", "body": json.dumps(OURS).encode(), "more_body": False}]
-        statuses: list[int] = []
-
-        async def receive() -> dict[str, Any]:
-            if messages:
-                return messages.pop()
-            await leave.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: dict[str, Any]) -> None:
-            statuses.append(message.get("status", 0))
-
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/generate",
-            "raw_path": b"/generate",
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), (b"idempotency-key", b"k")],
-            "client": ("test", 1),
-        }
-        await self.app(scope, receive, send)  # type: ignore[arg-type]
-        return statuses[0]
+        sent = await post_and_leave(self.app, "/generate", OURS, leave, {"idempotency-key": "k"})
+        return sent[0].get("status", 0)
 
 
 def with_crowd(talk: Callable[[Crowd, httpx.AsyncClient], Coroutine[Any, Any, None]]) -> None:

@@ -23,7 +23,7 @@ from service.app import create_app
 from service.server import DrainingServer, bind_socket
 from service.settings import Settings
 from tests.fakes import LABELS, fake_pipeline
-from tests.service.conftest import ClientFactory
+from tests.service.conftest import ClientFactory, leave_at_third_step
 
 openai = pytest.importorskip("openai", reason="openai is in the dev extra")
 
@@ -196,47 +196,10 @@ def test_a_client_that_leaves_gives_its_slot_back(stream: bool) -> None:
     pipeline = fake_pipeline()
     app = create_app(Settings(), (pipeline,))
     network: Any = pipeline.network
-    left = threading.Event()
 
     async def talk() -> tuple[int, list[dict[str, Any]]]:
-        loop, gone = asyncio.get_running_loop(), asyncio.Event()
         calls_before = len(network.rows_of_calls)
-
-        def leave_at_third_step() -> None:
-            if len(network.rows_of_calls) - calls_before == 2:
-                loop.call_soon_threadsafe(gone.set)
-                left.wait(TIMEOUT_S)
-
-        network.before_call = leave_at_third_step
-        body = json.dumps(BODY | {"steps": 1000, "stream": stream}).encode()
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
-        sent: list[dict[str, Any]] = []
-
-        async def receive() -> dict[str, Any]:
-            if messages:
-                return messages.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: dict[str, Any]) -> None:
-            sent.append(message)
-
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.4"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": PATH,
-            "raw_path": PATH.encode(),
-            "root_path": "",
-            "scheme": "http",
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
-            "client": ("test", 1),
-            "server": ("test", 80),
-        }
-        await app(scope, receive, send)  # type: ignore[arg-type]
-        left.set()
+        sent = await leave_at_third_step(app, network, PATH, BODY | {"steps": 1000, "stream": stream})
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             neighbour = await client.post(PATH, json=BODY)
         assert neighbour.status_code == 200

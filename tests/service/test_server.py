@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import signal
 import socket
 import threading
@@ -26,7 +25,7 @@ from service.runtime import Runtime
 from service.server import DrainingServer, bind_socket, run_server
 from service.settings import Settings
 from tests.fakes import LABELS, fake_pipeline
-from tests.service.conftest import ClientFactory
+from tests.service.conftest import ClientFactory, leave_at_third_step
 
 TIMEOUT_S = 30.0
 BODY: dict[str, Any] = {"class_id": 2, "steps": 4, "seed": 9}
@@ -86,47 +85,10 @@ def test_a_client_that_leaves_gives_its_slot_back() -> None:
     pipeline = fake_pipeline()
     app = create_app(Settings(), (pipeline,))
     network: Any = pipeline.network
-    cancelled = threading.Event()
 
     async def talk(client: httpx.AsyncClient) -> int:
-        loop, gone = asyncio.get_running_loop(), asyncio.Event()
         calls_before = len(network.rows_of_calls)
-
-        def leave_at_third_step() -> None:
-            if len(network.rows_of_calls) - calls_before == 2:
-                loop.call_soon_threadsafe(gone.set)
-                cancelled.wait(TIMEOUT_S)
-
-        network.before_call = leave_at_third_step
-        messages = [
-            {"type": "http.request", "body": json.dumps(BODY | {"steps": 1000}).encode(), "more_body": False}
-        ]
-
-        async def receive() -> dict[str, Any]:
-            if messages:
-                return messages.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: dict[str, Any]) -> None:
-            pass
-
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": "/generate",
-            "raw_path": b"/generate",
-            "root_path": "",
-            "scheme": "http",
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
-            "client": ("test", 1),
-            "server": ("test", 80),
-        }
-        await app(scope, receive, send)  # type: ignore[arg-type]
-        cancelled.set()
+        await leave_at_third_step(app, network, "/generate", BODY | {"steps": 1000})
         neighbour = await client.post("/generate", json=BODY)
         assert neighbour.status_code == 200
         metrics = (await client.get("/metrics")).text
