@@ -1,4 +1,4 @@
-"""The commands `lamamba bench model`, `images` and `report`."""
+"""The commands `lamamba bench model`, `images`, `random-model` and `report`."""
 
 from __future__ import annotations
 
@@ -168,6 +168,26 @@ def bench_images(
     )
     Console(width=max(_TABLE_WIDTH, Console().width)).print(images_table(content["results"]))
     typer.echo(str(path))
+
+
+@bench_app.command(
+    "random-model",
+    epilog="Examples:  lamamba bench random-model /tmp/xl-256   |   "
+    "lamamba bench random-model /tmp/tiny --preset tiny --resolution 64 --device cpu",
+)
+def bench_random_model(
+    folder: Annotated[Path, typer.Argument(help="A new folder, which `lamamba serve --models` takes.")],
+    preset: Annotated[str, typer.Option(help="S, B, L, XL, or tiny for a dry run.")] = "XL",
+    resolution: Annotated[int, typer.Option(help="Pixels along a side of its images.")] = 256,
+    device: _Device = None,
+) -> None:
+    """Write a model of random weights: it is as fast as a trained one, and can be served and measured."""
+    with usage_errors():
+        place = _resolved(device)
+        from model.benchmark.random_model import write_random_model
+
+        write_random_model(folder, preset, resolution, place)
+    typer.echo(str(folder))
 
 
 @bench_app.command(

@@ -37,7 +37,7 @@ from model.diffusion.step import DenoisingNetwork, StepBatch, denoise_step
 from model.messages import one_line
 from model.network.scan import resolve_scan_backend
 
-__all__ = ["ImagesConfig", "images_table", "run_images_benchmark"]
+__all__ = ["ImagesConfig", "build_vae", "images_table", "run_images_benchmark"]
 
 GOALS = {32: 1.6, 64: 2.0, 128: 3.0}
 """Our images a second over DiT's, by side of the latents."""
@@ -278,16 +278,22 @@ def _loop(config: ImagesConfig, provider: str, level: str, shape: Shape, device:
     )
 
 
-def _decoder(config: ImagesConfig, device: torch.device) -> Autoencoder:
+def build_vae(preset: str, device: torch.device) -> AutoencoderKL:
+    """An autoencoder of sd-vae-ft-mse's configuration (a small one for `tiny`) with random weights, fp32."""
     torch.manual_seed(0)
-    sizes = _TINY_VAE if config.preset == "tiny" else _VAE
     module = AutoencoderKL(
-        **sizes,
+        **(_TINY_VAE if preset == "tiny" else _VAE),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=4,
     )
-    nn.Module.to(module, device=device, dtype=DTYPES[config.numerics])
+    moved: AutoencoderKL = nn.Module.to(module, device=device)
+    return moved
+
+
+def _decoder(config: ImagesConfig, device: torch.device) -> Autoencoder:
+    module = build_vae(config.preset, device)
+    nn.Module.to(module, dtype=DTYPES[config.numerics])
     nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]  # for 4 axes alone
     return Autoencoder(module, micro_batch_pixels=_MICRO_BATCH_PIXELS)
 
