@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,14 @@ class NoiseSchedule:
     timesteps: tuple[int, ...]
     """The step number of the full process that the network is shown at each kept step, ascending."""
 
+    def __hash__(self) -> int:
+        """Made once: tables are looked up for each image at each step."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.beta_values, self.timesteps))
+
     def __post_init__(self) -> None:
         if not self.beta_values or len(self.beta_values) != len(self.timesteps):
             raise ValueError(
@@ -50,15 +58,15 @@ class NoiseSchedule:
                 "values above 0 and below 1 are accepted"
             )
 
-    @classmethod
+    @staticmethod
     def linear(
-        cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+        num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> NoiseSchedule:
-        """Betas evenly spaced from `beta_start` to `beta_end`, both included; by default the authors'."""
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps: {num_train_timesteps} given; at least 1 is accepted")
-        betas = np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64)
-        return cls(beta_values=tuple(betas.tolist()), timesteps=tuple(range(num_train_timesteps)))
+        """Betas evenly spaced from `beta_start` to `beta_end`, both included; by default the authors'.
+
+        The same object for the same arguments.
+        """
+        return _linear_schedule(num_train_timesteps, beta_start, beta_end)
 
     def respaced(self, timesteps: Sequence[int]) -> NoiseSchedule:
         """The process that visits only these steps of this one (ascending indices into it).
@@ -181,3 +189,11 @@ def _count(text: str, spacing: str) -> int:
 def _read_only(table: Float64Array) -> Float64Array:
     table.setflags(write=False)
     return table
+
+
+@cache
+def _linear_schedule(num_train_timesteps: int, beta_start: float, beta_end: float) -> NoiseSchedule:
+    if num_train_timesteps < 1:
+        raise ValueError(f"num_train_timesteps: {num_train_timesteps} given; at least 1 is accepted")
+    betas = np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64)
+    return NoiseSchedule(beta_values=tuple(betas.tolist()), timesteps=tuple(range(num_train_timesteps)))
