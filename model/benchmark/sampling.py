@@ -96,10 +96,9 @@ class _Loop:
         *,
         num_classes: int,
         guidance_scale: float,
-        noise: Callable[..., Tensor],
         device: torch.device,
     ) -> None:
-        self._network, self._table, self._noise = network, table, noise
+        self._network, self._table = network, table
         self._null_label = num_classes
         images = shape.rows
         self._latent_shape = (4, shape.side, shape.side)
@@ -137,7 +136,7 @@ class _Loop:
             class_labels=self._labels,
             guidance_scale=self._scale,
             guided=self._guided,
-            noise=self._noise(self._seeds, self._indices, draws, self._latent_shape)
+            noise=gaussian_noise(self._seeds, self._indices, draws, self._latent_shape)
             if self._table.stochastic
             else None,
         )
@@ -272,8 +271,6 @@ def _loop(config: ImagesConfig, provider: str, level: str, shape: Shape, device:
         shape,
         num_classes=num_classes,
         guidance_scale=config.guidance_scale,
-        # Some 200 small operations, the same for both networks: as one kernel they do not blur the ratio.
-        noise=torch.compile(gaussian_noise, dynamic=False) if device.type == "cuda" else gaussian_noise,
         device=device,
     )
 

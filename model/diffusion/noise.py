@@ -7,8 +7,9 @@ batch, nor on the order of calls, nor on the device. Gaussians are made by Box-M
 once, so that the last-place differences between the log, sin and cos of two devices disappear in the
 rounding (all but about one value in 10^8, which then differs by one fp32 ulp).
 
-Only element-wise integer operations on the device of `seeds`: no host synchronisation, no table in memory,
-capturable in a CUDA graph, compilable without graph breaks.
+Only element-wise operations on the device of `seeds`: no host synchronisation, no table in memory, capturable
+in a CUDA graph, compilable without graph breaks. On CUDA, where Triton is, Gaussians are one launch
+(`noise_kernels.py`) instead of some 200.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import math
 import torch
 from torch import Tensor
 
+from model.diffusion import noise_kernels
+from model.network.triton_jit import HAS_TRITON
+
 __all__ = ["gaussian_noise", "philox4x32", "philox_uniform"]
 
 _WORD = 0xFFFFFFFF
@@ -26,6 +30,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 # without overflow.
 _MULTIPLIERS = (0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32)
 _ROUNDS = 10
+_BLOCKS = 128
+"""Of four words, of a program of the kernel."""
 
 
 def philox4x32(
@@ -74,12 +80,29 @@ def gaussian_noise(
         shape: (C, H, W).
     """
     count = math.prod(shape)
+    if seeds.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
+        return _noise_by_kernel(seeds, image_indices, draws, count).reshape(-1, *shape)
     words = _words(seeds, image_indices, draws, num_blocks=-(-count // 4))  # (n, blocks, 4)
     uniform = (words.to(torch.float64) + 0.5) * 2.0**-32  # in (0, 1): the logarithm is finite
     radius = torch.sqrt(-2.0 * torch.log(uniform[..., 0::2]))  # (n, blocks, 2)
     angle = (2.0 * math.pi) * uniform[..., 1::2]
     normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)  # (n, blocks, 4)
     return normal.to(torch.float32).flatten(1)[:, :count].reshape(-1, *shape)
+
+
+def _noise_by_kernel(seeds: Tensor, image_indices: Tensor, draws: Tensor, count: int) -> Tensor:
+    """`gaussian_noise` as (n, count)."""
+    noise = torch.empty(len(seeds), count, device=seeds.device)
+    if noise.numel():
+        blocks = -(-count // 4)
+        noise_kernels.gaussian_noise_kernel[len(seeds), -(-blocks // _BLOCKS)](
+            *(numbers.contiguous() for numbers in (seeds, image_indices, draws)),
+            noise,
+            count,
+            ROUNDS=_ROUNDS,
+            BLOCK=_BLOCKS,
+        )
+    return noise
 
 
 def _words(seeds: Tensor, streams: Tensor, draws: Tensor, num_blocks: int) -> Tensor:

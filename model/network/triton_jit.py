@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_dtypes", "jit", "tl"]
+__all__ = ["HAS_TRITON", "check_dtypes", "jit", "tl"]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 tl: Any
 """`triton.language`."""
 
-if find_spec("triton") is not None:
+HAS_TRITON = find_spec("triton") is not None
+
+if HAS_TRITON:
     import triton
     import triton.language
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.diffusion import noise, noise_kernels
 from model.diffusion.noise import gaussian_noise, philox4x32, philox_uniform
+from tests.triton_interpreter import interpret_kernels
 
 SHAPE = (4, 8, 8)
 ONES = 0xFFFFFFFF
@@ -152,6 +154,18 @@ def test_noise_compiles_without_graph_breaks(draw: Callable[..., Tensor]) -> Non
 def test_gaussian_noise_compiled_is_the_same_noise() -> None:
     compiled = torch.compile(gaussian_noise, fullgraph=True)
     assert torch.equal(compiled(SEEDS, INDICES, DRAWS, SHAPE), gaussian_noise(SEEDS, INDICES, DRAWS, SHAPE))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (4, 16, 16)], ids=str)
+def test_gaussian_noise_by_the_kernel_is_the_same_noise(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    interpret_kernels(noise_kernels, monkeypatch)
+    seeds, draws = torch.tensor([2**63 - 1, 2**33 + 5]), torch.tensor([0, 2**32 - 1])
+    indices = torch.tensor([2**40 + 3, 0])
+    made = noise._noise_by_kernel(seeds, indices, draws, math.prod(shape)).reshape(-1, *shape)
+    torch.testing.assert_close(made, gaussian_noise(seeds, indices, draws, shape), rtol=1.2e-7, atol=0)
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.diffusion import noise, noise_kernels
 from model.network import (
     depthwise_conv,
     depthwise_conv_kernels,
@@ -42,6 +43,7 @@ def compiled_only(monkeypatch: pytest.MonkeyPatch) -> None:
         window_attention_kernels,
         depthwise_conv_kernels,
         fused_norms_kernels,
+        noise_kernels,
     ):
         compile_launches(module, monkeypatch)
 
@@ -116,3 +118,9 @@ def test_norms_compile(width: int) -> None:
     for groups, y_dtype in ((4, DTYPE), (1, torch.float32)):
         y = torch.zeros(1, 16, groups, width, dtype=y_dtype)
         fused_norms.gated_norm(y, z, weight, bias, 1e-5)
+
+
+@pytest.mark.parametrize("count", [4 * 32 * 32, 105])
+def test_noise_compiles(count: int) -> None:
+    images = torch.zeros(2, dtype=torch.int64)
+    noise._noise_by_kernel(images, images, images, count)
