@@ -16,12 +16,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.cuda_graph import CapturedStep
+from model.cuda_graph import Captures
 from model.diffusion.step import StepBatch
 
 __all__ = ["CAPTURED_SIZES", "CapturedSteps", "StepFunction"]
 
-CAPTURED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+CAPTURED_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Images of the captured steps. From 64 images on a GPU is busy without: larger batches run uncaptured."""
 
 # From so many rows on XL's kernels take as long as their launches: a graph must not cost many more rows then.
@@ -51,7 +51,7 @@ class CapturedSteps:
         self._latent_shape, self._device, self._sizes = latent_shape, device, tuple(sorted(sizes))
         self._captured: dict[tuple[int, bool], tuple[StepBatch, _Launch]] = {}
         self._lock = threading.Lock()
-        self._first: CapturedStep[tuple[Tensor, Tensor]] | None = None
+        self._captures = Captures(device)
 
     @torch.inference_mode()
     def __call__(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
@@ -92,14 +92,8 @@ class CapturedSteps:
     def _captured_step(self, size: int, guided: bool) -> tuple[StepBatch, _Launch]:
         if (size, guided) not in self._captured:
             held = self._empty_batch(size, guided)
-            self._captured[size, guided] = held, self._capture(partial(self._step, held))
+            self._captured[size, guided] = held, self._captures.capture(partial(self._step, held))
         return self._captured[size, guided]
-
-    def _capture(self, step: _Launch) -> _Launch:
-        with torch.cuda.device(self._device):
-            captured = CapturedStep(step, state=(), beside=self._first)
-        self._first = self._first or captured
-        return captured
 
     def _empty_batch(self, size: int, guided: bool) -> StepBatch:
         """A valid batch of the shapes that the graph is to hold."""

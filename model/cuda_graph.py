@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["CapturedStep", "restored"]
+__all__ = ["CapturedStep", "Captures", "restored"]
 
 Result = TypeVar("Result")
 
@@ -61,6 +61,21 @@ class CapturedStep(Generic[Result]):
     def __call__(self) -> Result:
         self._graph.replay()
         return self._result
+
+
+class Captures:
+    """Captured functions that share their memory: what one returned is read before another is called."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._first: CapturedStep[Any] | None = None
+
+    def capture(self, step: Callable[[], Result]) -> Callable[[], Result]:
+        """`step`, which changes nothing that outlives a call, as one launch on the device."""
+        with torch.cuda.device(self._device):
+            captured = CapturedStep(step, state=(), beside=self._first)
+        self._first = self._first or captured
+        return captured
 
 
 @contextmanager

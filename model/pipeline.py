@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.autoencoder import Autoencoder, to_pixels
+from model.captured_decoder import CapturedDecoder
 from model.captured_steps import CapturedSteps, StepFunction
 from model.cpu_rows import RowThreads
 from model.device import resolve_device
@@ -60,6 +61,8 @@ class LaMambaPipeline:
     """What shares the rows of a step; None runs them in one call."""
     step_function: StepFunction | None = None
     """`denoise_step` of the network as this device runs it fastest; None is the plain one."""
+    captured_decoder: CapturedDecoder | None = None
+    """The autoencoder's decoder in one launch; None launches it call by call."""
     preview_map: PreviewMap | None = None
     """What makes pictures of unfinished images; None: the model's folder has none."""
 
@@ -84,7 +87,7 @@ class LaMambaPipeline:
             scan_backend: see `network.scan.resolve_scan_backend`.
             num_row_threads: CPU threads that share the rows of a step; for programs that give torch one
                 thread (`torch.set_num_threads(1)`). Other devices do not use them.
-            cuda_graphs: on CUDA, launch a denoising step as one CUDA graph.
+            cuda_graphs: on CUDA, launch a denoising step, and the decoder, as one CUDA graph each.
             compile: on CUDA, compile the blocks at the first steps: see `network.compiled_blocks`.
 
         Raises:
@@ -109,6 +112,7 @@ class LaMambaPipeline:
         network = moved_network(network, device=device, dtype=dtype).eval().requires_grad_(False)
         network.use_scan_backend(backend)
         step: StepFunction | None = None
+        decoder: CapturedDecoder | None = None
         if device.type == "cuda":
             network.stack_conditioning()
             step = partial(
@@ -119,7 +123,13 @@ class LaMambaPipeline:
             )
             step = with_compiled_blocks(network, step) if compile else step
             if cuda_graphs:
-                step = CapturedSteps(step, latent_shape=_latent_shape(network), device=device)
+                latent_shape = _latent_shape(network)
+                step = CapturedSteps(step, latent_shape=latent_shape, device=device)
+                decoder = CapturedDecoder(
+                    lambda latents: to_pixels(autoencoder.decode(latents)),
+                    latent_shape=latent_shape,
+                    device=device,
+                )
         return cls(
             name=index.name,
             resolution=network.architecture.sample_size * autoencoder.downsampling,
@@ -134,6 +144,7 @@ class LaMambaPipeline:
             dtype=dtype,
             row_threads=RowThreads(num_row_threads) if device.type == "cpu" and num_row_threads > 1 else None,
             step_function=step,
+            captured_decoder=decoder,
             preview_map=None if preview_map is None else preview_map.to(device),
         )
 
@@ -201,6 +212,8 @@ class LaMambaPipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `(n, C, H, W)` to pixels `(n, height, width, 3)` uint8 on the CPU."""
+        if self.captured_decoder is not None and len(latents):
+            return self.captured_decoder(latents)
         # On a CPU a batch takes the time of its images one by one, and a multiple of their memory.
         parts = latents.split(1) if self.device.type == "cpu" else (latents,)
         return to_pixels(torch.cat([self.autoencoder.decode(part) for part in parts])).cpu()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
@@ -45,6 +46,10 @@ __all__ = ["Runtime", "RuntimeState"]
 
 # On a CPU a row costs the same in a batch of 8 as in one of 32, which would only make everybody wait longer.
 _MAX_ROWS = {"cpu": 8, "cuda": 128}
+
+# After a step the engine's thread waits until the one that runs Python (requests, decoder, encoders) gives
+# way, by Python's default for up to 5 ms: as long as a step of XL takes at few rows.
+_SWITCH_INTERVAL_S = 0.0005
 
 _logger = logging.getLogger(__name__)
 
@@ -163,6 +168,7 @@ class Runtime:
     def _start(self) -> None:
         settings = self.settings
         prepare_process()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         devices = self._devices() if self._given is None else [self._given[0].device]
         loaded = [self._load(device) for device in devices] if self._given is None else [self._given]
         pipelines = loaded[0]

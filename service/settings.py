@@ -73,7 +73,9 @@ class Settings(BaseSettings):
     scan_backend: Literal["auto", "reference", "vectorized", "mamba_cuda", "triton"] = Field(
         "auto", description="Implementation of the selective scan."
     )
-    cuda_graphs: bool = Field(True, description="On CUDA, launch a denoising step as one CUDA graph.")
+    cuda_graphs: bool = Field(
+        True, description="On CUDA, launch a denoising step, and the decoder, as one CUDA graph each."
+    )
     compile: bool = Field(
         False,
         description="On CUDA, compile the network: a slower start, faster steps. What is compiled is kept in "

@@ -115,8 +115,9 @@ class Runner:
     def warm_up(self, *, decode_batch: int) -> None:
         """Run images through network and decoder, so that no request pays for what is lazy.
 
-        On CUDA also at the other ends of what a step can be (`_warm_up_steps`) and at the decoder's batch
-        size. Raises whatever that raises, and ArithmeticError for weights that give no finite numbers.
+        On CUDA also at the other ends of what a step can be (`_warm_up_steps`) and at each size of the
+        decoder's batches. Raises whatever that raises, and ArithmeticError for weights that give no finite
+        numbers.
         """
         pipeline = self._pipeline
         pipeline.prepare_steps(max_images=len(self._latents))
@@ -127,7 +128,7 @@ class Runner:
             latents = self._warm_up_step(num_images, guided=guided)
             if not torch.isfinite(latents).all():
                 raise ArithmeticError(f"{pipeline.name} computes values that are not finite")
-        for num_images in (1, decode_batch) if self._all_sizes else (1,):
+        for num_images in range(1, decode_batch + 1) if self._all_sizes else (1,):
             pipeline.decode(torch.zeros((num_images, *pipeline.latent_shape), device=self._device))
 
     def _warm_up_step(self, num_images: int, *, guided: bool) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model import LaMambaDiff
 from model.captured_steps import CapturedSteps
+from model.cuda_graph import Captures
 from model.diffusion.noise import gaussian_noise
 from model.diffusion.samplers import sampler_table
 from model.diffusion.schedule import NoiseSchedule
@@ -75,7 +76,7 @@ def test_filled_up_steps_are_the_steps(
     network: LaMambaDiff, batches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the capture itself, on the CPU: what is copied in, filled up and copied out."""
-    monkeypatch.setattr(CapturedSteps, "_capture", lambda self, step: step)
+    monkeypatch.setattr(Captures, "capture", lambda self, step: step)
     steps = _steps(network, "cpu")
     results = []
     for num_images, guided, sampler in batches:
@@ -90,7 +91,7 @@ def test_a_size_is_captured_once_and_in_advance(
     network: LaMambaDiff, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured = []
-    monkeypatch.setattr(CapturedSteps, "_capture", lambda self, step: captured.append(step) or step)
+    monkeypatch.setattr(Captures, "capture", lambda self, step: captured.append(step) or step)
     steps = _steps(network, "cpu")
     steps.capture_all(max_images=2, conditional=True)
     assert len(captured) == 4  # 2 and 1 images, with guidance and without
@@ -107,7 +108,7 @@ def test_a_step_that_would_be_mostly_filling_runs_uncaptured(
     network: LaMambaDiff, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured = []
-    monkeypatch.setattr(CapturedSteps, "_capture", lambda self, step: captured.append(step) or step)
+    monkeypatch.setattr(Captures, "capture", lambda self, step: captured.append(step) or step)
     monkeypatch.setattr("model.captured_steps._BUSY_ROWS", 3)
     steps = _steps(network, "cpu")
     batch = _batch(4, [1])  # 5 rows; its graph has 8
@@ -135,6 +136,6 @@ def test_num_rows_are_those_of_the_captured_size_or_of_the_batch() -> None:
     steps = CapturedSteps(
         lambda batch: (batch.latents, batch.history), latent_shape=SHAPE, device=torch.device("cpu")
     )
-    assert [steps.num_rows(images, 0) for images in (1, 3, 9, 64, 65)] == [1, 4, 16, 64, 65]
-    assert steps.num_rows(3, 1) == 8
+    assert [steps.num_rows(images, 0) for images in (1, 5, 9, 64, 65)] == [1, 6, 12, 64, 65]
+    assert steps.num_rows(5, 1) == 12
     assert steps.num_rows(25, 25) == 50  # a graph of 32 images would cost more than its launches
