@@ -46,4 +46,4 @@ def test_warm_up_on_cuda_runs_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None
     with torch.inference_mode():
         runner.warm_up(decode_batch=4)
     assert network.rows_of_calls == [2, 8, 1, 8]
-    assert sum(autoencoder.batches) == 1 + 4
+    assert sum(autoencoder.batches) == 1 + 2 + 3 + 4
