@@ -20,6 +20,7 @@ from model.captured_decoder import CapturedDecoder
 from model.captured_steps import CapturedSteps, StepFunction
 from model.cpu_rows import RowThreads
 from model.device import resolve_device
+from model.diffusion.guidance import check_guidance_interval, guided_steps
 from model.diffusion.noise import gaussian_noise
 from model.diffusion.samplers import SamplerTable, sampler_table
 from model.diffusion.schedule import NoiseSchedule
@@ -236,6 +237,7 @@ class LaMambaPipeline:
         seeds: Sequence[int],
         image_indices: Sequence[int] | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
         num_inference_steps: int = 20,
         sampler: str = "dpm++",
         eta: float = 0.0,
@@ -252,15 +254,18 @@ class LaMambaPipeline:
             seeds: non-negative, below 2**63.
             image_indices: the image's place among those of its seed; zeros by default.
             guidance_scale: 1 turns guidance off; None takes the model's default.
+            guidance_interval: the least and the greatest timestep with guidance, of those of training: 0 is
+                the cleanest, `schedule.num_timesteps - 1` pure noise. A step outside costs half. None is all.
             progress: called with the number of denoising steps (images x steps) just finished.
 
-        Raises ValueError, before any work, for labels that the model does not have.
+        Raises ValueError, before any work, for labels and timesteps that the model does not have.
         """
         latents = self.sample_latents(
             class_labels,
             seeds=seeds,
             image_indices=image_indices,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             num_inference_steps=num_inference_steps,
             sampler=sampler,
             eta=eta,
@@ -277,6 +282,7 @@ class LaMambaPipeline:
         seeds: Sequence[int],
         image_indices: Sequence[int] | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
         num_inference_steps: int = 20,
         sampler: str = "dpm++",
         eta: float = 0.0,
@@ -291,14 +297,18 @@ class LaMambaPipeline:
                 raise ValueError(f"{field}: {len(given)} given; one a label, {len(labels)}, is accepted")
         if guidance_scale is None:
             guidance_scale = self.default_guidance_scale if self.num_classes else 1.0
+        if guidance_interval is not None:
+            check_guidance_interval(guidance_interval, self.schedule.num_timesteps)
         table = sampler_table(sampler, num_inference_steps, self.schedule, eta=eta)
-        parts = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
-        return torch.cat(
-            [
-                self._denoise(labels[part], list(seeds[part]), indices[part], guidance_scale, table, progress)
-                for part in parts
-            ]
+        denoise = partial(
+            self._denoise,
+            table=table,
+            guidance_scale=guidance_scale,
+            guided=guided_steps(table.timesteps.tolist(), guidance_scale, guidance_interval),
+            progress=progress,
         )
+        parts = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
+        return torch.cat([denoise(labels[part], list(seeds[part]), indices[part]) for part in parts])
 
     def _checked_labels(self, class_labels: Sequence[int]) -> list[int]:
         # On CUDA a label out of range fails inside a kernel, after which the process cannot use the device.
@@ -317,8 +327,10 @@ class LaMambaPipeline:
         labels: list[int],
         seeds: list[int],
         image_indices: list[int],
-        guidance_scale: float,
+        *,
         table: SamplerTable,
+        guidance_scale: float,
+        guided: range,
         progress: Callable[[int], None] | None,
     ) -> Tensor:
         images = len(labels)
@@ -327,7 +339,7 @@ class LaMambaPipeline:
             for values in (seeds, image_indices, labels)
         )
         scale = torch.full((images,), guidance_scale, device=self.device)
-        guided = torch.arange(images if guidance_scale != 1.0 else 0, device=self.device)
+        everybody, nobody = (torch.arange(count, device=self.device) for count in (images, 0))
         coefficients, timesteps = table.coefficients.to(self.device), table.timesteps.to(self.device)
         latents = gaussian_noise(seed, index, torch.zeros_like(index), self.latent_shape)
         history = torch.zeros_like(latents)
@@ -340,7 +352,7 @@ class LaMambaPipeline:
                 coefficients=coefficients[i].expand(images, -1),
                 class_labels=label,
                 guidance_scale=scale,
-                guided=guided,
+                guided=everybody if i in guided else nobody,
                 noise=gaussian_noise(seed, index, draw, self.latent_shape) if table.stochastic else None,
             )
             latents, history = self.denoise_step(batch)

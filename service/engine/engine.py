@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.device import make_current
+from model.diffusion.guidance import guided_steps
+from model.diffusion.samplers import sampler_table
 from service.engine.batching import CONTINUOUS
 from service.engine.decode import Decoder
 from service.engine.request import GenerationRequest, ImageJob, Preview, Ticket, Watcher
@@ -116,7 +118,12 @@ class Engine:
         `watcher` is told of what happens on the way; without one there are no previews.
         Raises QueueFull, Draining or EngineStopped at once, before any work.
         """
-        ticket = Ticket(request, submitted_at=self._clock(), watcher=watcher)
+        ticket = Ticket(
+            request,
+            submitted_at=self._clock(),
+            watcher=watcher,
+            guided_steps=self._guided_steps(request),
+        )
         with self._changed:
             self._check_alive()
             if self._draining:
@@ -229,7 +236,7 @@ class Engine:
             return False
         self._note_start(plan)
         started = self._clock()
-        failures = self._run(plan)
+        failures = self._run(plan.lane, plan.jobs)
         seconds = self._clock() - started
         self._scheduler.charge(plan.lane, seconds)
         self._observe(plan, seconds)
@@ -299,31 +306,35 @@ class Engine:
             self._close(ticket)
         self._drop(ticket)
 
+    def _guided_steps(self, request: GenerationRequest) -> range:
+        schedule = self._pipelines[request.model].schedule
+        table = sampler_table(request.sampler, request.num_inference_steps, schedule)
+        return guided_steps(table.timesteps.tolist(), request.guidance_scale, request.guidance_interval)
+
     def _note_start(self, plan: PlannedStep) -> None:
-        fresh = [job for job in plan.jobs if job.step_index == 0]
-        self._leave_queue(len(fresh))
-        for job in fresh:
+        self._leave_queue(len(plan.admitted))
+        for job in plan.admitted:
             ticket = job.ticket
             if ticket.started_at is None:
                 ticket.started_at = self._clock()
                 self._metrics.request_queue_time.observe(ticket.started_at - ticket.submitted_at)
                 self._watched.discard(ticket)
 
-    def _run(self, plan: PlannedStep) -> dict[ImageJob, Exception]:
+    def _run(self, lane: str, jobs: Sequence[ImageJob]) -> dict[ImageJob, Exception]:
         """Run the step; where it raises, run its images one by one, so that only the culprit fails."""
         try:
-            self._runners[plan.lane].step(plan.jobs)
+            self._runners[lane].step(jobs)
         except torch.AcceleratorError:  # after it every call on the device fails: only a restart helps
             raise
         except Exception as error:  # whatever one image's step raises is that image's failure alone
-            if len(plan.jobs) == 1:
-                return {plan.jobs[0]: error}
-            _logger.warning("a step of %d images failed (%s); running them singly", len(plan.jobs), error)
+            if len(jobs) == 1:
+                return {jobs[0]: error}
+            _logger.warning("a step of %d images failed (%s); running them singly", len(jobs), error)
         else:
             return {}
         failures: dict[ImageJob, Exception] = {}
-        for job in plan.jobs:
-            failures |= self._run(PlannedStep(lane=plan.lane, jobs=(job,)))
+        for job in jobs:
+            failures |= self._run(lane, (job,))
         return failures
 
     def _postprocess(self, plan: PlannedStep, failures: Mapping[ImageJob, Exception]) -> None:

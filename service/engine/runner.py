@@ -162,7 +162,7 @@ class Runner:
             [step + 1 for step in steps],
             [index for index, step in enumerate(steps) if step == 0],
             [index for index, table in enumerate(tables) if table.stochastic],
-            [index for index, request in enumerate(requests) if request.guidance_scale != 1.0],
+            [index for index, job in enumerate(jobs) if job.guided],
         )
         coefficients = [table.coefficients[step] for table, step in zip(tables, steps, strict=True)]
         scales = torch.tensor([request.guidance_scale for request in requests], dtype=torch.float32)

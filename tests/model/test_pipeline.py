@@ -6,15 +6,19 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiTPipeline
+from torch import Tensor
 
+from model.diffusion.samplers import sampler_table
 from model.model_folder import read_model_index, save_model_folder
 from model.network.lamamba import LaMambaDiff
 from model.pipeline import LaMambaPipeline
 from model.pretrained import default_model_dir
+from tests.fakes import fake_pipeline
 
 LABELS = ("red barn", "blue house", "green hill")
 
@@ -116,6 +120,39 @@ def test_guidance_scale_changes_the_image_and_one_turns_it_off(pipeline: LaMamba
         pipeline.generate([1], seeds=[3], num_inference_steps=3, guidance_scale=scale) for scale in (1.0, 4.0)
     ]
     assert not torch.equal(*images)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_guidance_outside_of_its_interval_is_none_and_costs_no_row(sampler: str) -> None:
+    pipeline = fake_pipeline()
+    network: Any = pipeline.network
+
+    def made(**options: Any) -> tuple[Tensor, list[int]]:
+        network.rows_of_calls.clear()
+        latents = pipeline.sample_latents(
+            [1, 2], seeds=[0, 1], num_inference_steps=10, sampler=sampler, **options
+        )
+        return latents, list(network.rows_of_calls)
+
+    plain, _ = made(guidance_scale=1.0)
+    full, rows = made(guidance_scale=3.0)
+    assert rows == [4] * 10
+    torch.testing.assert_close(made(guidance_scale=3.0, guidance_interval=(0, 999))[0], full, rtol=0, atol=0)
+    none, rows = made(guidance_scale=3.0, guidance_interval=(1, 1))  # between two steps
+    assert rows == [2] * 10
+    torch.testing.assert_close(none, plain, rtol=0, atol=0)
+    some, rows = made(guidance_scale=3.0, guidance_interval=(300, 700))
+    inside = [300 <= t <= 700 for t in sampler_table(sampler, 10, pipeline.schedule).timesteps.tolist()]
+    assert rows == [4 if guided else 2 for guided in inside]
+    assert min(float((some - other).abs().max()) for other in (plain, full)) > 1e-3
+
+
+def test_an_interval_that_the_process_has_not_is_refused_before_anything_runs() -> None:
+    pipeline = fake_pipeline()
+    network: Any = pipeline.network
+    with pytest.raises(ValueError, match="guidance_interval: 700 to 300 given"):
+        pipeline.generate([0], seeds=[0], guidance_interval=(700, 300))
+    assert network.rows_of_calls == []
 
 
 @pytest.mark.parametrize("name", ["blue house", " Blue House ", 1, "1"], ids=repr)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.diffusion.samplers import sampler_table
 from model.pipeline import LaMambaPipeline
 from service.engine.engine import Engine
 from service.engine.request import Ticket
@@ -61,6 +62,7 @@ def test_engine_mixed_samplers_steps_and_guidance_equal_each_image_alone(engine_
             model=("fake-16", "fake-32")[index % 2],
             class_label=index % 5,
             guidance_scale=(1.0, 1.5, 4.0, 20.0)[index % 4],
+            guidance_interval=(None, (0, 500), (300, 800), (600, 999), (1, 2))[index % 5],
             num_inference_steps=1 + index % 9,
             sampler=("ddpm", "ddim", "dpm++")[index % 3],
             seed=(0, 2**40, 2**63 - 1)[index % 3] - (index if index % 3 else 0),
@@ -72,6 +74,23 @@ def test_engine_mixed_samplers_steps_and_guidance_equal_each_image_alone(engine_
     for ticket in tickets:
         assert_equals_alone(ticket, small if ticket.request.model == "fake-16" else large)
     assert engine.wait_idle(TIMEOUT_S)
+
+
+def test_engine_a_step_outside_of_the_guidance_interval_costs_one_row(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline, start=False, max_rows=4)
+    request = replace(REQUEST, num_images=3, guidance_interval=(300, 700))
+    ticket = engine.submit(request)
+    timesteps = sampler_table("dpm++", REQUEST.num_inference_steps, pipeline.schedule).timesteps.tolist()
+    rows = [2 if 300 <= timestep <= 700 else 1 for timestep in timesteps]
+    assert engine.rows_left == 3 * sum(rows)
+    while engine.step():
+        pass
+    network: Any = pipeline.network
+    assert network.rows_of_calls[0] == 3
+    assert max(network.rows_of_calls) == 4
+    assert sum(network.rows_of_calls) == 3 * sum(rows)
+    assert all(job.finished for job in ticket.jobs)
 
 
 def test_engine_a_request_joins_the_running_batch_and_a_finished_one_leaves(engine_of: EngineFactory) -> None:
