@@ -1,8 +1,8 @@
 """How much time does a guidance interval save?
 
-4 images of `places-128` on the CPU, DPM-Solver++ with 20 steps, guided at all steps, within intervals, and not
-at all: network rows, and seconds from noise to latents, the settings in turn so that a loaded machine slows
-all of them alike. A minute on two cores.
+4 images of `places-128` on the CPU, DPM-Solver++ with 20 steps, guided at all steps, within intervals, and
+not at all: network rows, and seconds from noise to latents, the settings in turn so that a loaded machine
+slows all of them alike. Two minutes on two cores.
 
     python benchmarks/guidance_interval.py
 """
