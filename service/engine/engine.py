@@ -100,6 +100,7 @@ class Engine:
             requests_waiting=partial(self._num_requests, started=False),
             images_waiting=lambda: self._num_waiting_images,
             active_slots=lambda: self._scheduler.num_active,
+            row_limit=lambda: self._scheduler.row_limit.value,
         )
 
     # --- any thread ---
@@ -239,6 +240,10 @@ class Engine:
         failures = self._run(plan.lane, plan.jobs)
         seconds = self._clock() - started
         self._scheduler.charge(plan.lane, seconds)
+        if failures is None:
+            self._shrink(plan)
+            return True
+        self._scheduler.row_limit.count_good_step()
         self._observe(plan, seconds)
         self._postprocess(plan, failures)
         self._report_steps(plan)
@@ -320,12 +325,17 @@ class Engine:
                 self._metrics.request_queue_time.observe(ticket.started_at - ticket.submitted_at)
                 self._watched.discard(ticket)
 
-    def _run(self, lane: str, jobs: Sequence[ImageJob]) -> dict[ImageJob, Exception]:
-        """Run the step; where it raises, run its images one by one, so that only the culprit fails."""
+    def _run(self, lane: str, jobs: Sequence[ImageJob]) -> dict[ImageJob, Exception] | None:
+        """Run the step; where it raises, run its images one by one, so that only the culprit fails.
+
+        None where the device has no memory for all of them: none has moved, and fewer may fit.
+        """
         try:
             self._runners[lane].step(jobs)
         except torch.AcceleratorError:  # after it every call on the device fails: only a restart helps
             raise
+        except torch.OutOfMemoryError as error:
+            return {jobs[0]: error} if len(jobs) == 1 else None
         except Exception as error:  # whatever one image's step raises is that image's failure alone
             if len(jobs) == 1:
                 return {jobs[0]: error}
@@ -334,8 +344,20 @@ class Engine:
             return {}
         failures: dict[ImageJob, Exception] = {}
         for job in jobs:
-            failures |= self._run(lane, (job,))
+            failures |= self._run(lane, (job,)) or {}
         return failures
+
+    def _shrink(self, plan: PlannedStep) -> None:
+        """Go on with fewer rows a step; the images of this one take it again, not all at once."""
+        limit = self._scheduler.row_limit
+        limit.shrink(plan.num_rows)
+        # Not before: the error that said so holds what the network had made until then.
+        self._runners[plan.lane].free_memory()
+        self._metrics.out_of_memory_recoveries.labels(self.device).inc()
+        _logger.warning(
+            "no memory on %s for a step of %d rows; a step has at most %d now",
+            *(self.device, plan.num_rows, limit.value),
+        )
 
     def _postprocess(self, plan: PlannedStep, failures: Mapping[ImageJob, Exception]) -> None:
         for job, error in failures.items():

@@ -111,6 +111,11 @@ class Runner:
         (slots,) = self._int64([job.slot or 0 for job in jobs])
         return self._pipeline.preview(self._history[slots]).numpy()
 
+    def free_memory(self) -> None:
+        """Give back what torch keeps of freed memory. Captured graphs keep theirs; replays take no more."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def warm_up(self, *, decode_batch: int) -> None:
         """Run images through network and decoder, so that no request pays for what is lazy.

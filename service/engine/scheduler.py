@@ -10,8 +10,8 @@ submitted `aging_s` seconds later for each priority that it is below high, so it
 the priority above that come up to `aging_s` after it, and by no others: nobody starves. Between requests of
 one priority, slots are given in turn (round robin), so that one image does not wait behind sixteen of
 another client; an image that does not fit the rows left is not overtaken by a smaller one. An image that
-comes into its guidance interval needs a second row: where the images of a lane then need more rows than a
-step has, they take turns, those that were left out first. Between lanes,
+comes into its guidance interval needs a second row, and a device may run out of memory: where the images of
+a lane need more rows than a step has, they take turns, those that were left out first. Between lanes,
 the turn goes to the one with the least virtual time, which is device time used, with no credit for having
 been idle (start-time fair queueing, Goyal et al. 1996): n busy lanes get 1/n of the device each, whatever
 their steps cost, and a lane waits at most for a step of each other lane and its own lead, which is one step.
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 from service.engine.batching import CONTINUOUS
 from service.engine.request import PRIORITIES
+from service.engine.row_limit import RowLimit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -116,6 +117,8 @@ class Scheduler:
         if max_rows < 2:
             raise ValueError(f"max_rows: {max_rows} given; a guided image needs 2 or more")
         self.max_rows = max_rows
+        self.row_limit = RowLimit(max_rows)
+        """Rows of the next step, which whoever runs the steps tells how they went."""
         self.opens_at = math.inf
         """When a lane begins the batch that the last `schedule` held back; infinity: there is none."""
         self._batching = batching
@@ -156,7 +159,7 @@ class Scheduler:
         lane = min(candidates, key=lambda candidate: candidate.virtual_time_s)
         self._virtual_time_s = lane.virtual_time_s
         admitted = self._fill_slots(lane) if lane.name in admitting else ()
-        jobs = lane.take_turn(self.max_rows)
+        jobs = lane.take_turn(self.row_limit.value)
         num_rows = sum(job.num_rows for job in jobs)
         return PlannedStep(lane=lane.name, jobs=jobs, admitted=admitted, num_rows=num_rows)
 
@@ -192,12 +195,12 @@ class Scheduler:
     def _fill_slots(self, lane: _Lane) -> tuple[ImageJob, ...]:
         """The images that were given slots: they and those that had some fit the next step together."""
         admitted: list[ImageJob] = []
-        rows_left = self.max_rows - lane.num_rows
+        rows_left = self.row_limit.value - lane.num_rows
         while lane.has_waiting and lane.free_slots and lane.num_active < self._batching.max_images:
             ticket = min((next(iter(queue)) for queue in lane.waiting.values() if queue), key=self._counts_as)
             queue = lane.waiting[ticket.request.priority]
             jobs = queue[ticket]
-            if jobs[0].num_rows > rows_left:
+            if jobs[0].num_rows > rows_left and lane.active:
                 break
             job = jobs.popleft()
             job.slot = lane.free_slots.pop()

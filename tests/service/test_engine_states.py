@@ -74,6 +74,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.unseen_images = 0
         """Images submitted since the engine last looked into its inbox."""
         self.answers: dict[ImageJob, int] = {}
+        self.image_may_not_fit = False
+        """Whether there was memory for one row alone at some time."""
 
     def pass_step_time(self) -> None:
         self.now += STEP_S
@@ -157,6 +159,12 @@ class EngineMachine(RuleBasedStateMachine):
         for network in self.networks:
             network.failing_label = FAULTY if broken else None
 
+    @rule(rows=st.none() | st.integers(1, MAX_ROWS))
+    def take_or_give_memory(self, rows: int | None) -> None:
+        for network in self.networks:
+            network.rows_that_fit = rows
+        self.image_may_not_fit |= rows == 1
+
     @rule()
     def step(self) -> None:
         self.take_step()
@@ -224,6 +232,10 @@ class EngineMachine(RuleBasedStateMachine):
             assert not lane.active or not all(job.finished for job in lane.active.values())
 
     @invariant()
+    def a_step_may_always_have_a_row(self) -> None:
+        assert 1 <= self.scheduler.row_limit.value <= MAX_ROWS
+
+    @invariant()
     def steps_keep_to_the_budget(self) -> None:
         assert all(rows <= MAX_ROWS for network in self.networks for rows in network.rows_of_calls)
 
@@ -242,7 +254,8 @@ class EngineMachine(RuleBasedStateMachine):
             for ticket in self.tickets
             if not ticket.done
         )
-        for _ in range(left + 1):
+        halvings = len(LANES) * MAX_ROWS  # of the limit of rows, which may stand above what fits
+        for _ in range(left + 1 + halvings):
             if not self.take_step() and self.scheduler.opens_at < math.inf:
                 self.now = self.scheduler.opens_at
                 self.take_step()
@@ -298,7 +311,9 @@ class EngineMachine(RuleBasedStateMachine):
             assert ticket.deadline <= self.now
             return "late"
         if GenerationFailed in errors:
-            assert ticket.request.class_label == FAULTY
+            assert ticket.request.class_label == FAULTY or (
+                self.image_may_not_fit and ticket.request.guidance_scale > 1
+            )
             return "failed"
         assert not errors
         assert ticket.stage_seconds
