@@ -47,7 +47,8 @@ class CapturedSteps:
         device: torch.device,
         sizes: Sequence[int] = CAPTURED_SIZES,
     ) -> None:
-        self._step = step
+        self.uncaptured = step
+        """What runs batches that fit no size."""
         self._latent_shape, self._device, self._sizes = latent_shape, device, tuple(sorted(sizes))
         self._captured: dict[tuple[int, bool], tuple[StepBatch, _Launch]] = {}
         self._lock = threading.Lock()
@@ -59,7 +60,7 @@ class CapturedSteps:
         num_images, num_guided = batch.latents.shape[0], batch.guided.shape[0]
         size = self._size(num_images, num_guided)
         if size is None:
-            return self._step(batch)
+            return self.uncaptured(batch)
         with self._lock:  # of the tensors that all batches of a size pass through
             held, step = self._captured_step(size, num_guided > 0)
             _fill(held, batch)
@@ -91,24 +92,9 @@ class CapturedSteps:
 
     def _captured_step(self, size: int, guided: bool) -> tuple[StepBatch, _Launch]:
         if (size, guided) not in self._captured:
-            held = self._empty_batch(size, guided)
-            self._captured[size, guided] = held, self._captures.capture(partial(self._step, held))
+            held = StepBatch.blank(size, self._latent_shape, guided=guided, device=self._device)
+            self._captured[size, guided] = held, self._captures.capture(partial(self.uncaptured, held))
         return self._captured[size, guided]
-
-    def _empty_batch(self, size: int, guided: bool) -> StepBatch:
-        """A valid batch of the shapes that the graph is to hold."""
-        images = torch.zeros(3, size, *self._latent_shape, device=self._device)
-        numbers = torch.zeros(2, size, dtype=torch.int64, device=self._device)
-        return StepBatch(
-            latents=images[0],
-            history=images[1],
-            timesteps=numbers[0],
-            coefficients=torch.zeros(size, 8, device=self._device),
-            class_labels=numbers[1],
-            guidance_scale=torch.ones(size, device=self._device),
-            guided=torch.arange(size if guided else 0, device=self._device),
-            noise=images[2],
-        )
 
 
 def _costs_more(rows: int, filled_up: int) -> bool:

@@ -19,6 +19,7 @@ from model.autoencoder import Autoencoder, to_pixels
 from model.captured_decoder import CapturedDecoder
 from model.captured_steps import CapturedSteps, StepFunction
 from model.cpu_rows import RowThreads
+from model.cuda_memory import peak_bytes
 from model.device import resolve_device
 from model.diffusion.guidance import check_guidance_interval, guided_steps
 from model.diffusion.noise import gaussian_noise
@@ -157,6 +158,24 @@ class LaMambaPipeline:
         return denoise_step(
             network, batch, null_label=self.null_label, guidance_channels=self.guidance_channels
         )
+
+    @torch.inference_mode()
+    def step_bytes(self, num_images: int) -> int:
+        """Device memory that a step of so many images takes at once, guided where there are classes; on CUDA.
+
+        Raises OutOfMemoryError.
+        """
+        captured = self.step_function
+        step = captured.uncaptured if isinstance(captured, CapturedSteps) else self.denoise_step
+        guided = self.num_classes > 0
+        batch = StepBatch.blank(num_images, self.latent_shape, guided=guided, device=self.device)
+        return peak_bytes(partial(step, batch), self.device)
+
+    @torch.inference_mode()
+    def decode_bytes(self, num_images: int) -> int:
+        """Device memory that decoding so many images takes at once; on CUDA. Raises OutOfMemoryError."""
+        latents = torch.zeros(num_images, *self.latent_shape, device=self.device)
+        return peak_bytes(lambda: to_pixels(self.autoencoder.decode(latents)), self.device)
 
     def num_rows(self, num_images: int, num_guided: int) -> int:
         """Rows that the network computes in a step of so many images, those that fill it up included."""

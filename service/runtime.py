@@ -27,8 +27,10 @@ from model.messages import one_line
 from model.pretrained import PRETRAINED_RESOLUTIONS, default_model_dir
 from service.catalog import Catalog, ServedModel
 from service.engine.batching import CONTINUOUS, StaticBatching
+from service.engine.decode import MAX_DECODE_BATCH
 from service.engine.engine import Engine
 from service.engine.group import EngineGroup
+from service.engine.memory_probe import probe_max_rows
 from service.errors import Draining, EngineStopped, NotReady, StartupError
 from service.idempotency import IdempotentAnswers
 from service.logs import adopt_library_logs
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["Runtime", "RuntimeState"]
 
 # On a CPU a row costs the same in a batch of 8 as in one of 32, which would only make everybody wait longer.
-_MAX_ROWS = {"cpu": 8, "cuda": 128}
+_MAX_ROWS_ON_CPU = 8
 
 # After a step the engine's thread waits until the one that runs Python (requests, decoder, encoders) gives
 # way, by Python's default for up to 5 ms: as long as a step of XL takes at few rows.
@@ -121,6 +123,13 @@ class Runtime:
         if self._catalog is None or self._engine is None:
             raise self._not_ready()
         return self._catalog
+
+    @property
+    def max_rows(self) -> int:
+        """Network rows of a step. Raises NotReady while there are no models."""
+        if self._engine is None:
+            raise self._not_ready()
+        return self._engine.max_rows
 
     @property
     def engine(self) -> EngineGroup:
@@ -216,7 +225,7 @@ class Runtime:
 
     def _engine_of(self, pipelines: Sequence[ServedPipeline], num_engines: int) -> Engine:
         settings = self.settings
-        max_rows = settings.max_rows or _MAX_ROWS[pipelines[0].device.type]
+        max_rows = settings.max_rows or self._default_max_rows(pipelines)
         return Engine(
             {pipeline.name: pipeline for pipeline in pipelines},
             max_rows=max_rows,
@@ -225,6 +234,12 @@ class Runtime:
             priority_aging_s=settings.priority_aging_s,
             batching=_batching(settings, max_rows),
         )
+
+    def _default_max_rows(self, pipelines: Sequence[ServedPipeline]) -> int:
+        """Raises ValueError where a GPU has no memory for any."""
+        if pipelines[0].device.type != "cuda":
+            return _MAX_ROWS_ON_CPU
+        return probe_max_rows(pipelines, decode_batch=MAX_DECODE_BATCH, captured=self.settings.cuda_graphs)
 
     def _devices(self) -> list[torch.device]:
         try:

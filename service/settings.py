@@ -88,7 +88,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=4096,
-        description="Network rows a step (a guided image takes 2); 0: 8 on CPU, 128 on CUDA.",
+        description="Network rows a step (a guided image takes 2); 0: 8 on CPU, on CUDA as many as fit its "
+        "memory, up to 128.",
     )
     batching: Literal["continuous", "static"] = Field(
         "continuous",

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from service.engine.request import ImageJob
     from service.engine.runner import FinishedLatents
 
-__all__ = ["Decoder", "DecoderListener"]
+__all__ = ["MAX_DECODE_BATCH", "Decoder", "DecoderListener"]
 
-_MAX_BATCH: Final = 4
+MAX_DECODE_BATCH: Final = 4
+"""Images that are decoded together."""
 
 _logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Decoder:
         pipelines: Mapping[str, ServedPipeline],
         listener: DecoderListener,
         *,
-        max_batch: int = _MAX_BATCH,
+        max_batch: int = MAX_DECODE_BATCH,
     ) -> None:
         self.max_batch = max_batch
         self._pipelines = pipelines

@@ -67,6 +67,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.device = next(iter(pipelines.values())).device
+        self.max_rows = max_rows
         self._scheduler = Scheduler(pipelines, max_rows=max_rows, aging_s=priority_aging_s, batching=batching)
         self._pipelines = pipelines
         self._runners = {name: Runner(pipeline, num_slots=max_rows) for name, pipeline in pipelines.items()}
