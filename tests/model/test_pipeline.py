@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTPipeline
+from diffusers import DiTPipeline
 from torch import Tensor
 
 from model.diffusion.samplers import sampler_table
@@ -19,36 +19,12 @@ from model.network.lamamba import LaMambaDiff
 from model.pipeline import LaMambaPipeline
 from model.pretrained import default_model_dir
 from tests.fakes import fake_pipeline
-
-LABELS = ("red barn", "blue house", "green hill")
+from tests.tiny_model import LABELS, save_tiny_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny untrained model: 16 px images, 8x8 latents under an f2 autoencoder."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("tiny")
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, **_two_levels(), latent_channels=4
-    )
-    vae.save_pretrained(root / "vae")
-    network = LaMambaDiff(sample_size=8, hidden_size=8, num_heads=2, num_classes=3)
-    for parameter in network.parameters():
-        # The zero-initialised modulations would hide the label and the timestep from the output.
-        torch.nn.init.normal_(parameter, std=0.1)
-    save_model_folder(
-        root / "model",
-        network=network,
-        autoencoder=root / "vae",
-        labels=LABELS,
-        name="tiny",
-        dtype=torch.float32,
-    )
-    return root / "model"
-
-
-def _two_levels() -> dict[str, tuple[str, ...]]:
-    return {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
