@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.autoencoder import Autoencoder, to_pixels
-from model.captured_decoder import CapturedDecoder
+from model.captured_decoder import DECODED_SIZES, CapturedDecoder
 from model.captured_steps import CapturedSteps, StepFunction
 from model.cpu_rows import RowThreads
 from model.cuda_memory import peak_bytes
@@ -25,7 +25,8 @@ from model.diffusion.guidance import check_guidance_interval, guided_steps
 from model.diffusion.noise import gaussian_noise
 from model.diffusion.samplers import SamplerTable, sampler_table
 from model.diffusion.schedule import NoiseSchedule
-from model.diffusion.step import StepBatch, denoise_step
+from model.diffusion.step import DenoisingNetwork, StepBatch, denoise_step
+from model.fixed_rows import FixedRows
 from model.model_folder import (
     load_autoencoder,
     load_network,
@@ -63,6 +64,8 @@ class LaMambaPipeline:
     """What shares the rows of a step; None runs them in one call."""
     step_function: StepFunction | None = None
     """`denoise_step` of the network as this device runs it fastest; None is the plain one."""
+    fixed_rows: FixedRows | None = None
+    """What has all network calls be of one size; None: they are as large as the steps."""
     captured_decoder: CapturedDecoder | None = None
     """The autoencoder's decoder in one launch; None launches it call by call."""
     preview_map: PreviewMap | None = None
@@ -79,6 +82,7 @@ class LaMambaPipeline:
         num_row_threads: int = 1,
         cuda_graphs: bool = True,
         compile: bool = False,
+        fixed_rows: int | None = None,
     ) -> LaMambaPipeline:
         """Load a model folder, or a hub id of one.
 
@@ -91,6 +95,9 @@ class LaMambaPipeline:
                 thread (`torch.set_num_threads(1)`). Other devices do not use them.
             cuda_graphs: on CUDA, launch a denoising step, and the decoder, as one CUDA graph each.
             compile: on CUDA, compile the blocks at the first steps: see `network.compiled_blocks`.
+            fixed_rows: have the network always compute so many rows, filled up, and decode images singly: an
+                image is then the same to the bit whatever is computed with it. 1 is for a CPU, where rows
+                take no less time together. On CUDA call `fixed_rows.prepare_process` too.
 
         Raises:
             ValueError: one line that names the folder and what does not fit.
@@ -113,25 +120,29 @@ class LaMambaPipeline:
         preview_map = read_preview_map(path, latent_channels=autoencoder.latent_channels)
         network = moved_network(network, device=device, dtype=dtype).eval().requires_grad_(False)
         network.use_scan_backend(backend)
+        graphs = cuda_graphs and device.type == "cuda"
+        rows = None if fixed_rows is None else FixedRows(network, num_rows=fixed_rows, captured=graphs)
         step: StepFunction | None = None
         decoder: CapturedDecoder | None = None
         if device.type == "cuda":
             network.stack_conditioning()
             step = partial(
                 denoise_step,
-                network,
+                rows or network,
                 null_label=network.null_label,
                 guidance_channels=index.guidance_channels,
             )
             step = with_compiled_blocks(network, step) if compile else step
-            if cuda_graphs:
+            if graphs:
                 latent_shape = _latent_shape(network)
-                step = CapturedSteps(step, latent_shape=latent_shape, device=device)
                 decoder = CapturedDecoder(
                     lambda latents: to_pixels(autoencoder.decode(latents)),
                     latent_shape=latent_shape,
                     device=device,
+                    sizes=DECODED_SIZES if rows is None else (1,),
                 )
+                if rows is None:
+                    step = CapturedSteps(step, latent_shape=latent_shape, device=device)
         return cls(
             name=index.name,
             resolution=network.architecture.sample_size * autoencoder.downsampling,
@@ -146,6 +157,7 @@ class LaMambaPipeline:
             dtype=dtype,
             row_threads=RowThreads(num_row_threads) if device.type == "cpu" and num_row_threads > 1 else None,
             step_function=step,
+            fixed_rows=rows,
             captured_decoder=decoder,
             preview_map=None if preview_map is None else preview_map.to(device),
         )
@@ -154,7 +166,9 @@ class LaMambaPipeline:
         """Next latents and history of the images of `batch`, as this device computes them fastest."""
         if self.step_function is not None:
             return self.step_function(batch)
-        network = self.network if self.row_threads is None else self.row_threads.share(self.network)
+        network: DenoisingNetwork = self.fixed_rows or self.network
+        if self.row_threads is not None:
+            network = self.row_threads.share(network)
         return denoise_step(
             network, batch, null_label=self.null_label, guidance_channels=self.guidance_channels
         )
@@ -181,7 +195,8 @@ class LaMambaPipeline:
         """Rows that the network computes in a step of so many images, those that fill it up included."""
         if isinstance(self.step_function, CapturedSteps):
             return self.step_function.num_rows(num_images, num_guided)
-        return num_images + num_guided
+        rows = num_images + num_guided
+        return rows if self.fixed_rows is None else self.fixed_rows.num_computed(rows)
 
     def prepare_steps(self, *, max_images: int) -> None:
         """Make ready what `denoise_step` makes at the first step of each size, up to so many images."""
@@ -235,7 +250,8 @@ class LaMambaPipeline:
         if self.captured_decoder is not None and len(latents):
             return self.captured_decoder(latents)
         # On a CPU a batch takes the time of its images one by one, and a multiple of their memory.
-        parts = latents.split(1) if self.device.type == "cpu" else (latents,)
+        singly = self.device.type == "cpu" or self.fixed_rows is not None
+        parts = latents.split(1) if singly else (latents,)
         return to_pixels(torch.cat([self.autoencoder.decode(part) for part in parts])).cpu()
 
     @torch.inference_mode()

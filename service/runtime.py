@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model import fixed_rows
 from model.cpu_rows import prepare_process
 from model.cpu_threads import available_cpu_threads
 from model.device import resolve_device
@@ -48,6 +49,8 @@ __all__ = ["Runtime", "RuntimeState"]
 
 # On a CPU a row costs the same in a batch of 8 as in one of 32, which would only make everybody wait longer.
 _MAX_ROWS_ON_CPU = 8
+# Where each step computes all of them, one image alone waits for as many.
+_MAX_ROWS_WHEN_DETERMINISTIC = 16
 
 # After a step the engine's thread waits until the one that runs Python (requests, decoder, encoders) gives
 # way, by Python's default for up to 5 ms: as long as a step of XL takes at few rows.
@@ -179,6 +182,8 @@ class Runtime:
         prepare_process()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         devices = self._devices() if self._given is None else [self._given[0].device]
+        if settings.deterministic and devices[0].type == "cuda":
+            fixed_rows.prepare_process()
         loaded = [self._load(device) for device in devices] if self._given is None else [self._given]
         pipelines = loaded[0]
         try:
@@ -239,6 +244,8 @@ class Runtime:
         """Raises ValueError where a GPU has no memory for any."""
         if pipelines[0].device.type != "cuda":
             return _MAX_ROWS_ON_CPU
+        if self.settings.deterministic:
+            return _MAX_ROWS_WHEN_DETERMINISTIC
         return probe_max_rows(pipelines, decode_batch=MAX_DECODE_BATCH, captured=self.settings.cuda_graphs)
 
     def _devices(self) -> list[torch.device]:
@@ -264,6 +271,7 @@ class Runtime:
                     num_row_threads=settings.num_threads or available_cpu_threads(),
                     cuda_graphs=settings.cuda_graphs,
                     compile=settings.compile,
+                    fixed_rows=rows_of_calls(settings, device),
                 )
             except ValueError as error:  # the pipeline's own words, which name the folder
                 raise StartupError(one_line(error)) from error
@@ -292,6 +300,13 @@ def serving_devices(device: str, gpus: str) -> list[torch.device]:
         resolve_device("cuda")
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return [resolve_device(f"cuda:{index}") for index in gpus.split(",")]
+
+
+def rows_of_calls(settings: Settings, device: torch.device) -> int | None:
+    """What all calls of the network are filled up to; None where they are as large as the steps."""
+    if not settings.deterministic:
+        return None
+    return settings.max_rows or _MAX_ROWS_WHEN_DETERMINISTIC if device.type == "cuda" else 1
 
 
 def _batching(settings: Settings, max_rows: int) -> Batching:

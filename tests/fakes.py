@@ -90,3 +90,13 @@ def fake_pipeline(
         dtype=torch.float32,
         preview_map=PreviewMap(weight=torch.eye(3, CHANNELS) / 100, bias=torch.zeros(3)),
     )
+
+
+def row_arguments(rows: int, side: int) -> dict[str, Tensor]:
+    """What a network is called with: `rows` latents of `side`, each with its own timestep and class."""
+    generator = torch.Generator().manual_seed(rows)
+    return {
+        "hidden_states": torch.randn(rows, 4, side, side, generator=generator),
+        "timestep": torch.arange(rows) * 7,
+        "class_labels": torch.arange(rows) % 5,
+    }
