@@ -37,6 +37,7 @@ from service.idempotency import IdempotentAnswers
 from service.logs import adopt_library_logs
 from service.metrics import Metrics
 from service.rate_limits import RateLimits
+from service.tracing import tracing_of_environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,6 +87,7 @@ class Runtime:
             ttl_s=settings.idempotency_ttl_s,
             metrics=self.metrics,
         )
+        self.tracing = tracing_of_environment()
         self.encoders = ThreadPoolExecutor(settings.num_encoders, thread_name_prefix="lamamba-encoder")
         self.failure: StartupError | None = None
         self.supervised = False
@@ -170,6 +172,8 @@ class Runtime:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
         self.encoders.shutdown(wait=False)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     def drain(self) -> None:
         """Turn new requests away; what was accepted is finished."""

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from service.engine.request import GenerationRequest, ImageJob, Ticket, Watcher
     from service.idempotency import IdempotencyKey
     from service.runtime import Runtime
+    from service.tracing import RequestTrace
 
-__all__ = ["ERROR_STATUSES", "Answer", "accept", "attended", "refuse_streamed", "respond"]
+__all__ = ["ERROR_STATUSES", "Answer", "accept", "attended", "begin_trace", "refuse_streamed", "respond"]
 
 _CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's; nobody is left to read it, but the log and the counter say so."""
@@ -94,10 +95,13 @@ class Answer:
     quality: int
     started: float
     """`time.monotonic()` at the request's arrival."""
+    trace: RequestTrace | None
 
     def close(self) -> None:
         """Give up what is not finished."""
         self.engine.cancel(self.ticket)
+        if self.trace is not None:
+            self.trace.end(self.ticket)
 
     @property
     def class_label(self) -> str | None:
@@ -160,6 +164,13 @@ class Answer:
         return timings | {"total": total}
 
 
+def begin_trace(request: Request, runtime: Runtime, *, started: float) -> RequestTrace | None:
+    """The trace of a request that came at `started`; None where nobody wants any."""
+    if runtime.tracing is None:
+        return None
+    return runtime.tracing.begin(request.scope["route"].path, request.headers, started=started)
+
+
 def accept(
     runtime: Runtime,
     client: str,
@@ -168,6 +179,7 @@ def accept(
     format: ImageFormat,
     quality: int,
     started: float,
+    trace: RequestTrace | None = None,
     watcher: Watcher | None = None,
 ) -> Answer:
     """Hand a request to the engine; whoever gets the answer closes it.
@@ -185,4 +197,5 @@ def accept(
         format=format,
         quality=quality,
         started=started,
+        trace=trace,
     )

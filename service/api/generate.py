@@ -13,7 +13,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request, Response
 
 from model.images import MEDIA_TYPES
-from service.api.answering import ERROR_STATUSES, Answer, accept, refuse_streamed, respond
+from service.api.answering import ERROR_STATUSES, Answer, accept, begin_trace, refuse_streamed, respond
 from service.api.deps import ClientIdentity, GivenIdempotencyKey, ReadyRuntime, RequestId
 from service.api.events import (
     EventStream,
@@ -88,6 +88,7 @@ async def generate(
         format=representation.format,
         quality=body.quality,
         started=started,
+        trace=begin_trace(request, runtime, started=started),
     )
     if representation.as_events:
         refuse_streamed(idempotency_key)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.answering import ERROR_STATUSES, Answer, accept, refuse_streamed, respond
+from service.api.answering import ERROR_STATUSES, Answer, accept, begin_trace, refuse_streamed, respond
 from service.api.deps import ClientIdentity, GivenIdempotencyKey, ReadyRuntime, RequestId
 from service.api.events import EventStream, EventWatcher, Finished, PreviewImage, event, updates
 from service.api.openai import (
@@ -78,6 +78,7 @@ async def generate_images(
         format=wanted.format or "png",
         quality=wanted.quality,
         started=started,
+        trace=begin_trace(request, runtime, started=started),
     )
     if body.stream:
         refuse_streamed(idempotency_key)
