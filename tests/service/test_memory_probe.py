@@ -60,7 +60,7 @@ def test_a_gpu_without_memory_for_an_image_is_refused_in_gib() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("free_gib", [0.75, 1.5])
+@pytest.mark.parametrize("free_gib", [0.5, 0.75])
 def test_the_probed_rows_run_in_the_memory_that_there_is(free_gib: float) -> None:
     pipeline = LaMambaPipeline.load(default_model_dir(256), device="cuda")
     torch.cuda.empty_cache()
@@ -70,7 +70,7 @@ def test_the_probed_rows_run_in_the_memory_that_there_is(free_gib: float) -> Non
     assert 2 <= rows < 128
     num_images = rows // 2
     pipeline.prepare_steps(max_images=num_images)
-    pipeline.generate([0] * num_images, seeds=range(num_images), num_inference_steps=2, batch_size=num_images)
+    pipeline.sample_latents([0] * num_images, seeds=range(num_images), num_inference_steps=2, batch_size=64)
     pipeline.step_bytes(num_images)  # uncaptured, as a step is that would mostly be filling
     pipeline.decode(torch.zeros(4, *pipeline.latent_shape, device="cuda"))
     assert held.is_cuda
