@@ -181,8 +181,8 @@ class LaMambaPipeline:
         """
         captured = self.step_function
         step = captured.uncaptured if isinstance(captured, CapturedSteps) else self.denoise_step
-        guided = self.num_classes > 0
-        batch = StepBatch.blank(num_images, self.latent_shape, guided=guided, device=self.device)
+        num_guided = num_images if self.num_classes else 0
+        batch = StepBatch.blank(num_images, self.latent_shape, num_guided=num_guided, device=self.device)
         return peak_bytes(partial(step, batch), self.device)
 
     @torch.inference_mode()

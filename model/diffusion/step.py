@@ -61,9 +61,9 @@ class StepBatch:
 
     @classmethod
     def blank(
-        cls, num_images: int, latent_shape: tuple[int, int, int], *, guided: bool, device: torch.device
+        cls, num_images: int, latent_shape: tuple[int, int, int], *, num_guided: int, device: torch.device
     ) -> StepBatch:
-        """A valid batch of images of class 0, all of them guided or none, whose numbers mean nothing."""
+        """A valid batch of images of class 0, the first `num_guided` guided, whose numbers mean nothing."""
         images = torch.zeros(3, num_images, *latent_shape, device=device)
         numbers = torch.zeros(2, num_images, dtype=torch.int64, device=device)
         return cls(
@@ -73,7 +73,7 @@ class StepBatch:
             coefficients=torch.zeros(num_images, 8, device=device),
             class_labels=numbers[1],
             guidance_scale=torch.ones(num_images, device=device),
-            guided=torch.arange(num_images if guided else 0, device=device),
+            guided=torch.arange(num_guided, device=device),
             noise=images[2],
         )
 
