@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[dev,train]'
+	$(PIP) install -q -c constraints.txt -e '.[deploy,dev,train]'
 	@touch $@
 
 serve: $(VENV)/.installed  ## install and serve the shipped models on http://localhost:8000
