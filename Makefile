@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 
-.PHONY: help install serve test test-all check format lint types docs lock clean
+.PHONY: help install serve test test-all check format lint types docs dashboard sbom programs lock clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -51,8 +51,16 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's format
 docs: $(VENV)/.installed-dev  ## write docs/settings.md from the settings
 	$(BIN)/python -m service.settings_table docs/settings.md
 
+dashboard: $(VENV)/.installed-dev  ## write Grafana's dashboard from docker/grafana/dashboard.py
+	$(BIN)/python docker/grafana/dashboard.py docker/grafana/dashboards/lamamba.json
+
+sbom: $(VENV)/.installed-dev  ## write build/sbom.json, what the server is built of (CycloneDX)
+	$(MAKE) VENV=.venv-sbom .venv-sbom/.installed
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.json .venv-sbom
+
 lock: $(VENV)/.installed-dev  ## write the versions installed in .venv to constraints.txt
 	$(PIP) freeze --exclude-editable | sed -e 's/+cpu$$//' -e '/^pip==/d' | LC_ALL=C sort > constraints.txt
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-sbom build dist .pytest_cache .mypy_cache .ruff_cache
