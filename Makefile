@@ -27,7 +27,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: $(VENV)/.installed  ## install and serve the shipped models on http://localhost:8000
 	$(BIN)/lamamba serve --host $(HOST) --port $(PORT)
 
-test: check  ## install, then run lint, types and every test that takes minutes
+programs:  ## as root on Debian, install the programs that tests/deploy runs
+	@if command -v promtool >/dev/null && command -v amtool >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+		apt-get -qq install -y --no-install-recommends prometheus prometheus-alertmanager >/dev/null; then :; \
+	else echo "no Prometheus could be installed: the tests that run it will skip"; fi
+
+test: programs check  ## install, then run lint, types and every test that takes minutes
 	$(BIN)/python -m pytest -q -m "not slow" --durations=15
 
 test-all: check  ## also the slow tests
