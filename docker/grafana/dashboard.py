@@ -160,6 +160,19 @@ def _rows() -> Iterator[tuple[str, Sequence[_Panel]]]:
                 ("{{instance}} {{device}} {{kind}}", f"lamamba_gpu_memory_bytes{_HERE}"),
             ).description("Allocated and reserved by the server, and total. Nothing where it runs on a CPU."),
             _lines(
+                "Steps that ran out of memory",
+                "short",
+                (
+                    "{{instance}} {{device}}",
+                    f"sum by (instance, device) (increase(lamamba_out_of_memory_recoveries_total{_RATE}))",
+                ),
+            ).description("Each was taken again with fewer rows."),
+            _lines(
+                "Most rows of a step",
+                "short",
+                ("{{instance}} {{device}}", f"lamamba_row_limit{_HERE}"),
+            ),
+            _lines(
                 "Images in slots by device",
                 "short",
                 ("{{instance}} {{device}}", f"lamamba_active_slots{_HERE}"),
