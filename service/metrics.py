@@ -20,12 +20,10 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from service.errors import EngineStopped, RequestError, Retryable
+from service.errors import EngineStopped, RequestError, Retryable, ServiceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
-    from service.errors import ServiceError
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 __all__ = ["FINISHED_REASONS", "METRICS_CONTENT_TYPE", "STAGES", "Metrics", "RateWindow", "rows_label"]
 
@@ -62,6 +60,12 @@ _SHARES = tuple(tenth / 10 for tenth in range(1, 11))
 def rows_label(num_rows: int) -> str:
     """The bucket of a step's rows as a label: the least power of two that holds them, or "more"."""
     return next((str(bound) for bound in _ROWS if num_rows <= bound), "more")
+
+
+def _error_classes(kind: type[ServiceError]) -> Iterator[type[ServiceError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _error_classes(below)
 
 
 class RateWindow:
@@ -173,8 +177,12 @@ class Metrics:
             "kind",
         )
         self._build = self._gauge("build_info", "1, with what this server is built of.", "version", "torch")
+        # Shown from the start, with zeros: in a series that begins with its first event Prometheus sees no
+        # increase.
+        for kind in _error_classes(ServiceError):
+            self._errors_of(kind)
         for stage in STAGES:
-            self.stage_latency.labels(stage)  # shown from the start, with zeros
+            self.stage_latency.labels(stage)
         for reason in FINISHED_REASONS:
             self.request_success.labels(reason)
         for source in ("kept", "joined"):
@@ -220,8 +228,7 @@ class Metrics:
 
     def count_error(self, error: ServiceError) -> None:
         """Count a request that is answered with an error: turned away, or failed by a fault of ours."""
-        turned_away = isinstance(error, (RequestError, Retryable)) and not isinstance(error, EngineStopped)
-        (self.rejections if turned_away else self.errors).labels(error.code).inc()
+        self._errors_of(type(error)).inc()
 
     def count_step(self, *, seconds: float, rows: int, computed_rows: int, max_rows: int) -> None:
         """Count one denoising step of so many rows, of which `computed_rows` were run, padding included."""
@@ -240,6 +247,10 @@ class Metrics:
     def render(self) -> bytes:
         """All values in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def _errors_of(self, kind: type[ServiceError]) -> Counter:
+        turned_away = issubclass(kind, (RequestError, Retryable)) and not issubclass(kind, EngineStopped)
+        return (self.rejections if turned_away else self.errors).labels(kind.code)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace="lamamba", registry=self.registry)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 import threading
 import time
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from typer.testing import CliRunner
 
 from service.app import create_app
@@ -27,6 +25,7 @@ from service.benchmark.summary import percentiles, saturated_images_per_s, summa
 from service.cli import app
 from service.settings import Settings
 from tests.fakes import fake_pipeline
+from tests.servers import serving
 
 ENTRY = MixEntry(steps=2, resolution=16)
 TIMEOUT_S = 30.0
@@ -40,15 +39,9 @@ def bench(*arguments: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def server_url() -> Iterator[str]:
-    """A real server of a fake model, on a socket, in a thread of this process."""
-    config = uvicorn.Config(create_app(Settings(), (fake_pipeline(),)), log_level="error")
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(TIMEOUT_S)
+    """A real server of a fake model."""
+    with serving(create_app(Settings(), (fake_pipeline(),))) as url:
+        yield url
 
 
 def test_poisson_arrivals_have_the_rate_and_spread_of_a_poisson_process() -> None:

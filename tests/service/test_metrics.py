@@ -134,6 +134,15 @@ def test_errors_are_rejections_where_the_request_was_turned_away() -> None:
     }
 
 
+def test_every_error_is_shown_from_the_start() -> None:
+    shown = {name for name, value in values(Metrics().render().decode()).items() if value == 0}
+    assert {"rejections_total{code=queue_full}", "rejections_total{code=invalid_json}"} <= shown
+    assert {name for name in shown if name.startswith("errors_total")} == {
+        f"errors_total{{code={code}}}"
+        for code in ("internal_error", "generation_failed", "engine_stopped", "deadline_exceeded")
+    }
+
+
 def test_gauges_follow_the_engine() -> None:
     pipeline, metrics = fake_pipeline(), Metrics()
     engine = Engine({"fake-16": pipeline}, max_rows=4, max_queue_images=8, metrics=metrics)
