@@ -29,6 +29,7 @@ from service.catalog import Catalog, ServedModel
 from service.engine.batching import CONTINUOUS, StaticBatching
 from service.engine.engine import Engine
 from service.engine.group import EngineGroup
+from service.engine.request import LaneName
 from service.errors import Draining, EngineStopped, NotReady, StartupError
 from service.idempotency import IdempotentAnswers
 from service.logs import adopt_library_logs
@@ -218,7 +219,7 @@ class Runtime:
         settings = self.settings
         max_rows = settings.max_rows or _MAX_ROWS[pipelines[0].device.type]
         return Engine(
-            {pipeline.name: pipeline for pipeline in pipelines},
+            {LaneName(pipeline.name): pipeline for pipeline in pipelines},
             max_rows=max_rows,
             max_queue_images=-(-settings.max_queue_images // num_engines),
             metrics=self.metrics,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from service.engine.batching import Batching
     from service.engine.pipeline import ServedPipeline
+    from service.engine.request import LaneName
     from service.metrics import Metrics
 
 __all__ = ["Engine"]
@@ -55,7 +56,7 @@ class Engine:
 
     def __init__(
         self,
-        pipelines: Mapping[str, ServedPipeline],
+        pipelines: Mapping[LaneName, ServedPipeline],
         *,
         max_rows: int,
         max_queue_images: int,
@@ -66,9 +67,8 @@ class Engine:
     ) -> None:
         self.device = next(iter(pipelines.values())).device
         self._scheduler = Scheduler(pipelines, max_rows=max_rows, aging_s=priority_aging_s, batching=batching)
-        self._pipelines = pipelines
-        self._runners = {name: Runner(pipeline, num_slots=max_rows) for name, pipeline in pipelines.items()}
-        self._decoder = Decoder(pipelines, self)
+        self._runners = {lane: Runner(pipeline, num_slots=max_rows) for lane, pipeline in pipelines.items()}
+        self._decoder = Decoder(self.device, self)
         self._max_decode_backlog = max_rows
         self.max_queue_images = max_queue_images
         self._metrics = metrics
@@ -335,7 +335,7 @@ class Engine:
                 job.step_index += 1
         self._hand_over(plan.lane)
 
-    def _hand_over(self, lane: str) -> None:
+    def _hand_over(self, lane: LaneName) -> None:
         """Give the finished images that leave the lane to the decoder."""
         leaving = self._scheduler.leaving(lane)
         if leaving:
@@ -359,7 +359,7 @@ class Engine:
             if ticket.watcher is not None:
                 ticket.watcher.changed(new)
 
-    def _previews(self, lane: str, jobs: Sequence[ImageJob]) -> list[Preview]:
+    def _previews(self, lane: LaneName, jobs: Sequence[ImageJob]) -> list[Preview]:
         """The previews that are due; an image that is finished, or has failed, has given its slot back."""
         due = {
             job: index
@@ -381,7 +381,7 @@ class Engine:
         ]
 
     def _report_queue(self) -> None:
-        for lane in {ticket.request.model for ticket in self._watched}:
+        for lane in {ticket.request.lane for ticket in self._watched}:
             for position, ticket in enumerate(self._scheduler.queue(lane), start=1):
                 if ticket in self._watched and ticket.queue_position != position:
                     ticket.queue_position = position
@@ -483,7 +483,7 @@ class Engine:
         self._metrics.count_step(
             seconds=seconds,
             rows=rows,
-            computed_rows=self._pipelines[plan.lane].num_rows(num_images, rows - num_images),
+            computed_rows=self._runners[plan.lane].pipeline.num_rows(num_images, rows - num_images),
             max_rows=self._scheduler.max_rows,
         )
 

@@ -35,6 +35,8 @@ class FinishedLatents:
     """Denoised images on their way to the decoder."""
 
     jobs: tuple[ImageJob, ...]
+    pipeline: ServedPipeline
+    """What decodes them; with the last image of a model that is served no longer, it goes."""
     latents: Tensor
     """(n, C, H, W) fp32."""
     ready: torch.cuda.Event | None
@@ -67,7 +69,8 @@ class Runner:
     """The slots of one model; used by the engine's thread alone."""
 
     def __init__(self, pipeline: ServedPipeline, *, num_slots: int) -> None:
-        self._pipeline = pipeline
+        self.pipeline = pipeline
+        """The model."""
         self._device = pipeline.device
         shape = (num_slots, *pipeline.latent_shape)
         with torch.inference_mode():
@@ -93,7 +96,7 @@ class Runner:
             guided=numbers.guided,
             noise=self._step_noise(numbers, latents),
         )
-        latents, history = self._pipeline.denoise_step(batch)
+        latents, history = self.pipeline.denoise_step(batch)
         self._latents[slots] = latents
         self._history[slots] = history
         self._wait_for_step()
@@ -103,13 +106,15 @@ class Runner:
         """The latents of finished images, copied, so that their slots are free at once."""
         (slots,) = self._int64([job.slot or 0 for job in jobs])
         latents = self._latents[slots]  # (n, C, H, W)
-        return FinishedLatents(jobs=tuple(jobs), latents=latents, ready=self._record_event())
+        return FinishedLatents(
+            jobs=tuple(jobs), pipeline=self.pipeline, latents=latents, ready=self._record_event()
+        )
 
     @torch.inference_mode()
     def preview(self, jobs: Sequence[ImageJob]) -> NDArray[np.uint8]:
         """Rough pictures `(n, h, w, 3)` of what the images' last step took them to become, x0."""
         (slots,) = self._int64([job.slot or 0 for job in jobs])
-        return self._pipeline.preview(self._history[slots]).numpy()
+        return self.pipeline.preview(self._history[slots]).numpy()
 
     @torch.inference_mode()
     def warm_up(self, *, decode_batch: int) -> None:
@@ -119,7 +124,7 @@ class Runner:
         decoder's batches. Raises whatever that raises, and ArithmeticError for weights that give no finite
         numbers.
         """
-        pipeline = self._pipeline
+        pipeline = self.pipeline
         pipeline.prepare_steps(max_images=len(self._latents))
         steps = _warm_up_steps(
             len(self._latents), conditional=pipeline.num_classes > 0, all_ends=self._all_sizes
@@ -134,8 +139,8 @@ class Runner:
     def _warm_up_step(self, num_images: int, *, guided: bool) -> Tensor:
         """The latents `(num_images, C, H, W)` after a step of that many images of class 0."""
         zeros, guided_images = self._int64([0] * num_images, range(num_images) if guided else [])
-        noise = gaussian_noise(zeros, zeros, zeros, self._pipeline.latent_shape)  # (n, C, H, W)
-        table = sampler_table("ddpm", 1, self._pipeline.schedule)
+        noise = gaussian_noise(zeros, zeros, zeros, self.pipeline.latent_shape)  # (n, C, H, W)
+        table = sampler_table("ddpm", 1, self.pipeline.schedule)
         batch = StepBatch(
             latents=noise,
             history=torch.zeros_like(noise),
@@ -146,7 +151,7 @@ class Runner:
             guided=guided_images,
             noise=noise,
         )
-        latents, _ = self._pipeline.denoise_step(batch)
+        latents, _ = self.pipeline.denoise_step(batch)
         return latents
 
     def _numbers(self, jobs: Sequence[ImageJob]) -> _StepNumbers:
@@ -181,11 +186,11 @@ class Runner:
     def _noise(self, numbers: _StepNumbers, images: Tensor, draws: Tensor) -> Tensor:
         """(len(images), C, H, W), of those of the step."""
         seeds, indices = numbers.seeds[images], numbers.image_indices[images]
-        return gaussian_noise(seeds, indices, draws, self._pipeline.latent_shape)
+        return gaussian_noise(seeds, indices, draws, self.pipeline.latent_shape)
 
     def _table(self, job: ImageJob) -> SamplerTable:
         request = job.request
-        return sampler_table(request.sampler, request.num_inference_steps, self._pipeline.schedule)
+        return sampler_table(request.sampler, request.num_inference_steps, self.pipeline.schedule)
 
     def _int64(self, *lists: Sequence[int]) -> tuple[Tensor, ...]:
         """Each list as a tensor; all of them in one transfer."""

@@ -1,6 +1,6 @@
 """Which images take the next denoising step. Holds no tensor and knows neither device nor clock.
 
-    lane    one model at one resolution: only its images can share a network call
+    lane    one version of a model, at one resolution: only its images can share a network call
     slot    a place for one image's latents in a lane; an image holds it from its first step to its last
     row     one network evaluation: two a step for a guided image, else one; a step has at most `max_rows`
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from service.engine.batching import Batching
-    from service.engine.request import ImageJob, Ticket
+    from service.engine.request import ImageJob, LaneName, Ticket
 
 __all__ = ["AGING_S", "PlannedStep", "Scheduler"]
 
@@ -40,7 +40,7 @@ AGING_S: Final = 30.0
 class PlannedStep:
     """The next step: every image of `lane` that holds a slot and is not finished."""
 
-    lane: str
+    lane: LaneName
     jobs: tuple[ImageJob, ...]
 
     @property
@@ -50,7 +50,7 @@ class PlannedStep:
 
 
 class _Lane:
-    def __init__(self, name: str, num_slots: int) -> None:
+    def __init__(self, name: LaneName, num_slots: int) -> None:
         self.name = name
         self.waiting: dict[str, OrderedDict[Ticket, deque[ImageJob]]] = {
             priority: OrderedDict() for priority in PRIORITIES
@@ -89,7 +89,7 @@ class Scheduler:
 
     def __init__(
         self,
-        lanes: Iterable[str],
+        lanes: Iterable[LaneName],
         *,
         max_rows: int,
         aging_s: float = AGING_S,
@@ -117,7 +117,7 @@ class Scheduler:
 
     def add(self, ticket: Ticket) -> None:
         """Queue the images of a request."""
-        lane = self._lanes[ticket.request.model]
+        lane = self._lanes[ticket.request.lane]
         if not lane.busy:
             lane.virtual_time_s = max(lane.virtual_time_s, self._virtual_time_s)
         lane.waiting[ticket.request.priority][ticket] = deque(ticket.unmade)
@@ -143,13 +143,13 @@ class Scheduler:
             lane=lane.name, jobs=tuple(job for job in lane.active.values() if not job.finished)
         )
 
-    def charge(self, lane: str, seconds: float) -> None:
+    def charge(self, lane: LaneName, seconds: float) -> None:
         """Book device time that a step of `lane` took."""
         self._lanes[lane].virtual_time_s += seconds
 
     def release(self, job: ImageJob) -> None:
         """Take one image out of its slot, which the next step may fill again."""
-        lane = self._lanes[job.request.model]
+        lane = self._lanes[job.request.lane]
         if job.slot is not None and lane.active.get(job.slot) is job:
             del lane.active[job.slot]
             lane.free_slots.append(job.slot)
@@ -160,15 +160,15 @@ class Scheduler:
         for job in ticket.jobs:
             self.release(job)
         request = ticket.request
-        return len(self._lanes[request.model].waiting[request.priority].pop(ticket, ()))
+        return len(self._lanes[request.lane].waiting[request.priority].pop(ticket, ()))
 
-    def queue(self, lane: str) -> Iterator[Ticket]:
+    def queue(self, lane: LaneName) -> Iterator[Ticket]:
         """The requests of a lane with queued images, in the order in which slots are given to them."""
         heads = [deque(queue) for queue in self._lanes[lane].waiting.values()]
         while any(heads):
             yield min((head for head in heads if head), key=lambda head: self._counts_as(head[0])).popleft()
 
-    def leaving(self, lane: str) -> tuple[ImageJob, ...]:
+    def leaving(self, lane: LaneName) -> tuple[ImageJob, ...]:
         """Finished images of a lane that go to the decoder now, still in their slots."""
         return self._batching.leaving(self._lanes[lane].active.values())
 

@@ -20,7 +20,7 @@ import service.engine.engine
 from service.engine.batching import CONTINUOUS, Batching, StaticBatching
 from service.engine.decode import Decoder
 from service.engine.engine import Engine
-from service.engine.request import PRIORITIES, GenerationRequest, ImageJob, Priority, Ticket
+from service.engine.request import PRIORITIES, GenerationRequest, ImageJob, LaneName, Priority, Ticket
 from service.errors import DeadlineExceeded, Draining, GenerationFailed, QueueFull
 from service.metrics import Metrics
 from tests.fakes import fake_pipeline
@@ -54,7 +54,7 @@ class EngineMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 1000.0
         self.metrics = Metrics()
-        pipelines = {name: fake_pipeline(name) for name in LANES}
+        pipelines = {LaneName(name): fake_pipeline(name) for name in LANES}
         self.networks: list[Any] = [pipeline.network for pipeline in pipelines.values()]
         for network in self.networks:
             network.before_call = self.pass_step_time
@@ -329,7 +329,7 @@ class StaticEngineMachine(EngineMachine):
                 assert batch <= before[name]  # nobody has joined
                 assert all(job.ticket.done for job in before[name] - batch)  # who left was given up
             elif batch:
-                of_lane = [job.ticket for job in waiting if job.request.model == name]
+                of_lane = [job.ticket for job in waiting if job.request.lane == name]
                 waited_s = began - min(ticket.submitted_at for ticket in of_lane)
                 assert len(batch) <= STATIC.max_images
                 assert len(of_lane) >= STATIC.max_images or waited_s >= STATIC.wait_s

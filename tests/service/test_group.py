@@ -13,7 +13,7 @@ import torch
 from model.pipeline import LaMambaPipeline
 from service.engine.engine import Engine
 from service.engine.group import EngineGroup
-from service.engine.request import Ticket
+from service.engine.request import LaneName, Ticket
 from service.errors import Draining, EngineStopped, QueueFull
 from service.metrics import Metrics
 from service.runtime import serving_devices
@@ -49,7 +49,7 @@ class Devices:
         pipeline.network.before_call = lambda: self._step(index)
         self.pipelines[index : index + 1] = [pipeline]
         return Engine(
-            {pipeline.name: pipeline},
+            {LaneName(pipeline.name): pipeline},
             max_rows=4,
             max_queue_images=self._max_queue_images,
             metrics=self.metrics,

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.engine.engine import Engine
+from service.engine.request import LaneName
 from service.errors import EngineStopped, GenerationFailed, InvalidField, QueueFull
 from service.metrics import FINISHED_REASONS, Metrics, RateWindow, rows_label
 from service.runtime import Runtime
@@ -136,7 +137,7 @@ def test_errors_are_rejections_where_the_request_was_turned_away() -> None:
 
 def test_gauges_follow_the_engine() -> None:
     pipeline, metrics = fake_pipeline(), Metrics()
-    engine = Engine({"fake-16": pipeline}, max_rows=4, max_queue_images=8, metrics=metrics)
+    engine = Engine({LaneName("fake-16"): pipeline}, max_rows=4, max_queue_images=8, metrics=metrics)
     gauges = ("num_requests_running", "num_requests_waiting", "queue_images", "active_slots")
 
     def shown() -> list[float]:
@@ -159,7 +160,7 @@ def test_gauges_follow_the_engine() -> None:
 def test_rows_that_fill_a_step_up_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, metrics = fake_pipeline(), Metrics()
     monkeypatch.setattr(type(pipeline), "num_rows", lambda self, images, guided: images + guided + 3)
-    engine = Engine({"fake-16": pipeline}, max_rows=4, max_queue_images=8, metrics=metrics)
+    engine = Engine({LaneName("fake-16"): pipeline}, max_rows=4, max_queue_images=8, metrics=metrics)
     engine.submit(REQUEST)
     engine.step()
     now = values(metrics.render().decode())
