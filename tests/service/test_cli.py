@@ -20,45 +20,20 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from typer.testing import CliRunner
 
 from model.images import read_metadata
-from model.model_folder import save_model_folder
-from model.network.lamamba import LaMambaDiff
 from model.pipeline import LaMambaPipeline
 from service.cli import app
+from tests.tiny_model import save_tiny_model
 
-LABELS = ("red barn", "blue house", "green hill")
 TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny untrained model: 16 px images, 8x8 latents under an f2 autoencoder."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("tiny")
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        sample_size=16,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    ).save_pretrained(root / "vae")
-    network = LaMambaDiff(sample_size=8, hidden_size=8, num_heads=2, num_classes=3)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    save_model_folder(
-        root / "model",
-        network=network,
-        autoencoder=root / "vae",
-        labels=LABELS,
-        name="tiny",
-        dtype=torch.float32,
-    )
-    return root / "model"
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 def run(*arguments: str) -> tuple[int, str]:
