@@ -7,7 +7,7 @@ they make the same images. What is in a model's folder is `model_folder`'s to kn
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -163,10 +163,12 @@ class LaMambaPipeline:
             return self.step_function.num_rows(num_images, num_guided)
         return num_images + num_guided
 
-    def prepare_steps(self, *, max_images: int) -> None:
-        """Make ready what `denoise_step` makes at the first step of each size, up to so many images."""
+    def prepare_steps(self, *, max_images: int) -> Iterator[None]:
+        """Make ready what `denoise_step` makes at the first step of each size, up to so many images; a size
+        at a time.
+        """
         if isinstance(self.step_function, CapturedSteps):
-            self.step_function.capture_all(max_images=max_images, conditional=self.num_classes > 0)
+            yield from self.step_function.capture_all(max_images=max_images, conditional=self.num_classes > 0)
 
     @property
     def num_classes(self) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from model.diffusion.samplers import SAMPLERS
 from model.images import IMAGE_FORMATS
 from model.limits import DEFAULT_STEPS, GUIDANCE_SCALE_RANGE, MAX_IMAGE_INDEX, MAX_PREVIEWS, MAX_SEED
-from service.engine.request import PRIORITIES, GenerationRequest
+from service.engine.request import PRIORITIES, GenerationRequest, LaneName
 from service.errors import InvalidField, NotFound, shown
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from service.api.schemas import GenerateRequest
     from service.engine.pipeline import ServedPipeline
+    from service.settings import Settings
 
 __all__ = ["Catalog", "ServedModel"]
 
@@ -36,12 +37,30 @@ class ServedModel:
     max_images_per_request: int
     max_timeout_s: float
     default_timeout_s: float | None
+    version: int = 1
+    """Counts the loads of its name in this process."""
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(cls, pipeline: ServedPipeline, settings: Settings, *, version: int = 1) -> ServedModel:
+        """A model with the limits of the settings."""
+        return cls(
+            pipeline=pipeline,
+            max_images_per_request=settings.max_images_per_request,
+            max_timeout_s=settings.max_timeout_s,
+            default_timeout_s=settings.default_timeout_s or None,
+            version=version,
+        )
 
     @property
     def name(self) -> str:
         """The model's id."""
         return self.pipeline.name
+
+    @property
+    def lane(self) -> LaneName:
+        """What makes its images."""
+        return LaneName(self.name, self.version)
 
     @property
     def max_steps(self) -> int:
@@ -105,6 +124,7 @@ class ServedModel:
             "dtype": str(pipeline.dtype).removeprefix("torch."),
             "scan_backend": pipeline.scan_backend,
             "weights_hash": pipeline.weights_hash,
+            "version": self.version,
             "limits": {
                 "cfg_scale": {
                     "minimum": self.cfg_range[0],
@@ -124,7 +144,10 @@ class ServedModel:
 
 
 class Catalog:
-    """The loaded models by name; the default is the one of the smallest resolution, of several the first."""
+    """The loaded models by name; the default is the one of the smallest resolution, of several the first.
+
+    It never changes: what is loaded and unloaded makes another one.
+    """
 
     def __init__(self, models: tuple[ServedModel, ...]) -> None:
         if not models:
@@ -134,7 +157,18 @@ class Catalog:
         self._by_name = {model.name: model for model in models}
         if len(self._by_name) != len(models):
             names = ", ".join(model.name for model in models)
-            raise ValueError(f"models: {names} given; names must differ")
+            raise ValueError(
+                f"models: {names} given; names must differ, whether they come from an index or a repository"
+            )
+
+    def with_model(self, model: ServedModel) -> Catalog:
+        """This one with a further model, or with that one in the place of its namesake."""
+        others = [model if other.name == model.name else other for other in self.models]
+        return Catalog(tuple(others if model.name in self._by_name else [*others, model]))
+
+    def without(self, name: str) -> Catalog:
+        """This one without a model, which must not be the only one."""
+        return Catalog(tuple(model for model in self.models if model.name != name))
 
     def describe(self) -> list[dict[str, Any]]:
         """All models as `/v1/models` lists them, ascending by id."""
@@ -195,6 +229,7 @@ class Catalog:
         return GenerationRequest(
             request_id=request_id,
             model=model.name,
+            version=model.version,
             class_label=_class_label(model, body.class_id),
             guidance_scale=float(cfg_scale),  # the one place where the public name becomes the mathematics'
             num_inference_steps=steps,

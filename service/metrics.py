@@ -23,7 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from service.errors import EngineStopped, RequestError, Retryable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from service.errors import ServiceError
 
@@ -116,6 +116,9 @@ class Metrics:
             "source",
         )
         self.cancellations = self._counter("cancellations", "Requests whose client left before the answer.")
+        self.model_loads = self._counter(
+            "model_loads", "Loads of models while the server runs, by result: loaded or failed.", "result"
+        )
         self.failures = self._counter(
             "failures", "Requests that were accepted and failed, by stage.", "stage"
         )
@@ -157,7 +160,12 @@ class Metrics:
         )
         self._images_waiting = self._gauge("queue_images", "Images that wait for a slot.", "device")
         self._active_slots = self._gauge("active_slots", "Images that hold a slot.", "device")
-        self._models_loaded = self._gauge("model_loaded", "1 for each model that is loaded.", "model")
+        self._models_loaded = self._gauge(
+            "model_loaded", "1 for a model that is loaded, 0 for one that has been unloaded.", "model"
+        )
+        self._model_versions = self._gauge(
+            "model_version", "Version of a loaded model: which load of its name it is.", "model"
+        )
         self._gpu_memory = self._gauge(
             "gpu_memory_bytes",
             "Memory of a GPU: allocated and reserved by this process, and total.",
@@ -165,6 +173,8 @@ class Metrics:
             "kind",
         )
         self._build = self._gauge("build_info", "1, with what this server is built of.", "version", "torch")
+        for result in ("loaded", "failed"):
+            self.model_loads.labels(result)
         for stage in STAGES:
             self.stage_latency.labels(stage)  # shown from the start, with zeros
         for reason in FINISHED_REASONS:
@@ -198,10 +208,15 @@ class Metrics:
         for kind, read in kinds.items():
             self._gpu_memory.labels(device, kind).set_function(read)
 
-    def show_models(self, names: Iterable[str]) -> None:
-        """Say which models are loaded."""
-        for name in names:
-            self._models_loaded.labels(name).set(1)
+    def show_model(self, name: str, *, version: int) -> None:
+        """Say that a model is loaded."""
+        self._models_loaded.labels(name).set(1)
+        self._model_versions.labels(name).set(version)
+
+    def hide_model(self, name: str) -> None:
+        """Say that a model is loaded no longer."""
+        self._models_loaded.labels(name).set(0)
+        self._model_versions.remove(name)
 
     def show_build(self, *, version: str, torch: str) -> None:
         """Say which versions this server is built of."""

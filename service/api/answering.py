@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive
 
+    from service.api.schemas import GenerateRequest
     from service.catalog import ServedModel
     from service.engine.group import EngineGroup
-    from service.engine.request import GenerationRequest, ImageJob, Ticket, Watcher
+    from service.engine.request import ImageJob, Ticket, Watcher
     from service.idempotency import IdempotencyKey
     from service.runtime import Runtime
 
@@ -161,7 +162,8 @@ class Answer:
 def accept(
     runtime: Runtime,
     client: str,
-    generation: GenerationRequest,
+    body: GenerateRequest,
+    request_id: str,
     *,
     format: ImageFormat,
     quality: int,
@@ -170,8 +172,11 @@ def accept(
 ) -> Answer:
     """Hand a request to the engine; whoever gets the answer closes it.
 
-    Raises what says that the client or everybody has to wait, before any work.
+    What the request means and who makes it is settled in one go: models come and go between two turns of the
+    event loop. Raises InvalidField, or what says that the client or everybody has to wait, before any work.
     """
+    catalog = runtime.catalog
+    generation = catalog.resolve(body, request_id)
     engine = runtime.engine
     with runtime.rate_limits.spending(client, generation.num_images):
         ticket = engine.submit(generation, watcher)
@@ -179,7 +184,7 @@ def accept(
         runtime=runtime,
         engine=engine,
         ticket=ticket,
-        model=runtime.catalog.model(generation.model),
+        model=catalog.model(generation.model),
         format=format,
         quality=quality,
         started=started,

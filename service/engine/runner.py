@@ -18,7 +18,7 @@ from model.diffusion.samplers import SamplerTable, sampler_table
 from model.diffusion.step import StepBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -116,7 +116,6 @@ class Runner:
         (slots,) = self._int64([job.slot or 0 for job in jobs])
         return self.pipeline.preview(self._history[slots]).numpy()
 
-    @torch.inference_mode()
     def warm_up(self, *, decode_batch: int) -> None:
         """Run images through network and decoder, so that no request pays for what is lazy.
 
@@ -124,8 +123,14 @@ class Runner:
         decoder's batches. Raises whatever that raises, and ArithmeticError for weights that give no finite
         numbers.
         """
+        for _ in self.warm_up_in_parts(decode_batch=decode_batch):
+            pass
+
+    @torch.inference_mode()
+    def warm_up_in_parts(self, *, decode_batch: int) -> Iterator[None]:
+        """As `warm_up`, a step or a captured size at a time, for a device that has other work meanwhile."""
         pipeline = self.pipeline
-        pipeline.prepare_steps(max_images=len(self._latents))
+        yield from pipeline.prepare_steps(max_images=len(self._latents))
         steps = _warm_up_steps(
             len(self._latents), conditional=pipeline.num_classes > 0, all_ends=self._all_sizes
         )
@@ -133,8 +138,10 @@ class Runner:
             latents = self._warm_up_step(num_images, guided=guided)
             if not torch.isfinite(latents).all():
                 raise ArithmeticError(f"{pipeline.name} computes values that are not finite")
+            yield
         for num_images in range(1, decode_batch + 1) if self._all_sizes else (1,):
             pipeline.decode(torch.zeros((num_images, *pipeline.latent_shape), device=self._device))
+            yield
 
     def _warm_up_step(self, num_images: int, *, guided: bool) -> Tensor:
         """The latents `(num_images, C, H, W)` after a step of that many images of class 0."""

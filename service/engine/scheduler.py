@@ -102,6 +102,7 @@ class Scheduler:
         """When a lane begins the batch that the last `schedule` held back; infinity: there is none."""
         self._batching = batching
         self._handicaps_s = {priority: rank * aging_s for rank, priority in enumerate(PRIORITIES)}
+        # Replaced whole, never changed: other threads read how much there is to do.
         self._lanes = {name: _Lane(name, max_rows) for name in lanes}
         self._virtual_time_s = 0.0
 
@@ -114,6 +115,17 @@ class Scheduler:
     def num_active(self) -> int:
         """Images that hold a slot."""
         return sum(lane.num_active for lane in self._lanes.values())
+
+    def add_lane(self, name: LaneName) -> None:
+        """Schedule a further lane."""
+        self._lanes = self._lanes | {name: _Lane(name, self.max_rows)}
+
+    def remove_lane(self, name: LaneName) -> bool:
+        """Forget a lane that has nothing to do, or is not there; False for one that has work."""
+        if name in self._lanes and self._lanes[name].busy:
+            return False
+        self._lanes = {other: lane for other, lane in self._lanes.items() if other != name}
+        return True
 
     def add(self, ticket: Ticket) -> None:
         """Queue the images of a request."""
@@ -157,10 +169,13 @@ class Scheduler:
 
     def drop(self, ticket: Ticket) -> int:
         """Take all images of a request out of queue and slots; returns how many of them were still queued."""
+        request = ticket.request
+        lane = self._lanes.get(request.lane)
+        if lane is None:  # it had nothing more to do, not for this request either
+            return 0
         for job in ticket.jobs:
             self.release(job)
-        request = ticket.request
-        return len(self._lanes[request.lane].waiting[request.priority].pop(ticket, ()))
+        return len(lane.waiting[request.priority].pop(ticket, ()))
 
     def queue(self, lane: LaneName) -> Iterator[Ticket]:
         """The requests of a lane with queued images, in the order in which slots are given to them."""
