@@ -15,7 +15,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -27,9 +28,18 @@ if TYPE_CHECKING:
 
     from service.errors import ServiceError
 
-__all__ = ["FINISHED_REASONS", "METRICS_CONTENT_TYPE", "STAGES", "Metrics", "RateWindow", "rows_label"]
+__all__ = [
+    "FINISHED_REASONS",
+    "METRICS_CONTENT_TYPE",
+    "STAGES",
+    "MetricDefinition",
+    "Metrics",
+    "RateWindow",
+    "rows_label",
+]
 
 METRICS_CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+_NAMESPACE: Final = "lamamba"
 STAGES: Final = ("queue", "denoise", "decode", "encode")
 FINISHED_REASONS: Final = ("stop", "abort", "error", "timeout")
 """How an accepted request ends, in vLLM's words: made; its client left; failed; over its timeout_s."""
@@ -64,6 +74,17 @@ def rows_label(num_rows: int) -> str:
     return next((str(bound) for bound in _ROWS if num_rows <= bound), "more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MetricDefinition:
+    """What is said of a metric, on its page as in its answer."""
+
+    name: str
+    """As a query names it."""
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    text: str
+
+
 class RateWindow:
     """Events a second over the last `window_s` seconds; safe to use from several threads."""
 
@@ -93,6 +114,8 @@ class Metrics:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
+        self.definitions: list[MetricDefinition] = []
+        """Every metric, in the order of this file."""
         self.image_rate = RateWindow(clock=clock)
 
         self.requests = self._counter("requests", "HTTP requests answered.", "route", "status")
@@ -246,10 +269,19 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, namespace="lamamba", registry=self.registry)
+        self._define(f"{name}_total", "counter", labels, text)
+        return Counter(name, text, labels, namespace=_NAMESPACE, registry=self.registry)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, labels, namespace="lamamba", registry=self.registry)
+        self._define(name, "gauge", labels, text)
+        return Gauge(name, text, labels, namespace=_NAMESPACE, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, text, labels, namespace="lamamba", registry=self.registry, buckets=buckets)
+        self._define(name, "histogram", labels, text)
+        return Histogram(name, text, labels, namespace=_NAMESPACE, registry=self.registry, buckets=buckets)
+
+    def _define(
+        self, name: str, kind: Literal["counter", "gauge", "histogram"], labels: tuple[str, ...], text: str
+    ) -> None:
+        full_name = f"{_NAMESPACE}_{name}"
+        self.definitions.append(MetricDefinition(name=full_name, kind=kind, labels=labels, text=text))

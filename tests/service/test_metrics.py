@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from service.engine.engine import Engine
 from service.engine.request import LaneName
 from service.errors import EngineStopped, GenerationFailed, InvalidField, QueueFull
 from service.metrics import FINISHED_REASONS, Metrics, RateWindow, rows_label
+from service.metrics_table import metrics_page
 from service.runtime import Runtime
 from tests.fakes import fake_pipeline
 from tests.service.conftest import ClientFactory
@@ -205,3 +207,17 @@ def test_rate_window_forgets_what_is_older_than_the_window() -> None:
         window.add()
     now[0] += 30.0
     assert window.per_second() == pytest.approx(5 / 60)
+
+
+def test_the_page_of_metrics_is_that_of_the_class(client_of: ClientFactory) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert page == metrics_page(), "run `make docs`"
+    assert "| `lamamba_requests_total` | counter | `route`, `status` | HTTP requests answered. |" in page
+    families = text_string_to_metric_families(client_of().get("/metrics").text)
+    scraped = {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in families
+        if not family.name.endswith("_created")
+    }
+    listed = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert listed == scraped
