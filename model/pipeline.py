@@ -29,6 +29,7 @@ from model.model_folder import (
     load_network,
     local_folder,
     moved_network,
+    own_weights,
     read_model_index,
     weights_hash,
 )
@@ -111,6 +112,9 @@ class LaMambaPipeline:
         preview_map = read_preview_map(path, latent_channels=autoencoder.latent_channels)
         network = moved_network(network, device=device, dtype=dtype).eval().requires_grad_(False)
         network.use_scan_backend(backend)
+        if device.type == "cpu":  # another device has a copy
+            own_weights(network)
+            own_weights(autoencoder.module)
         step: StepFunction | None = None
         decoder: CapturedDecoder | None = None
         if device.type == "cuda":
