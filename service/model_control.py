@@ -230,9 +230,11 @@ class ModelControl:
         except ServiceError:  # the engine has died, or the server ends
             raise
         except Exception as error:  # whatever a broken folder or a full device makes libraries raise
-            _logger.debug("loading %s failed", source.folder, exc_info=True)
+            answer = _translated(error, source)
+            level = logging.ERROR if isinstance(answer, ModelLoadFailed) else logging.DEBUG
+            _logger.log(level, "loading %s failed", source.folder, exc_info=True)
             traceback.clear_frames(error.__traceback__)  # which hold what was loaded: gigabytes, maybe
-            raise _translated(error, source) from error
+            raise answer from error
 
 
 def _translated(error: Exception, source: ModelSource) -> ServiceError:
