@@ -24,9 +24,20 @@ if TYPE_CHECKING:
     from service.engine.pipeline import ServedPipeline
     from service.settings import Settings
 
-__all__ = ["Catalog", "ServedModel"]
+__all__ = ["Catalog", "ModelFacts", "ServedModel"]
 
 _RANDOM_SEEDS: Final = 2**32  # drawn seeds stay exact in every JSON reader and are short enough to type
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is said of a model in answers, which may be read long after the model has gone."""
+
+    name: str
+    resolution: int
+    labels: tuple[str, ...]
+    """Of its classes; empty for a model without."""
+    weights_hash: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +72,17 @@ class ServedModel:
     def lane(self) -> LaneName:
         """What makes its images."""
         return LaneName(self.name, self.version)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What is said of the model."""
+        pipeline = self.pipeline
+        return ModelFacts(
+            name=pipeline.name,
+            resolution=pipeline.resolution,
+            labels=tuple(pipeline.labels),
+            weights_hash=pipeline.weights_hash,
+        )
 
     @property
     def max_steps(self) -> int:

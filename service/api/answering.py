@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive
 
     from service.api.schemas import GenerateRequest
-    from service.catalog import ServedModel
+    from service.catalog import ModelFacts
     from service.engine.group import EngineGroup
     from service.engine.request import ImageJob, Ticket, Watcher
     from service.idempotency import IdempotencyKey
@@ -90,7 +90,7 @@ class Answer:
     runtime: Runtime
     engine: EngineGroup
     ticket: Ticket
-    model: ServedModel
+    model: ModelFacts
     format: ImageFormat
     quality: int
     started: float
@@ -103,7 +103,7 @@ class Answer:
     @property
     def class_label(self) -> str | None:
         """The label of the class, None for a model without classes."""
-        return self.model.pipeline.labels[self.ticket.request.class_label] if self.model.conditional else None
+        return self.model.labels[self.ticket.request.class_label] if self.model.labels else None
 
     def metadata(self, job: ImageJob) -> dict[str, str]:
         """What the image's file carries."""
@@ -115,7 +115,7 @@ class Answer:
             num_inference_steps=job.request.num_inference_steps,
             sampler=job.request.sampler,
             model=self.model.name,
-            weights_hash=self.model.pipeline.weights_hash,
+            weights_hash=self.model.weights_hash,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -123,10 +123,10 @@ class Answer:
         request = self.ticket.request
         return {
             "model": self.model.name,
-            "class_id": request.class_label if self.model.conditional else None,
+            "class_id": request.class_label if self.model.labels else None,
             "class_label": self.class_label,
             "cfg_scale": request.guidance_scale,
-            "resolution": self.model.pipeline.resolution,
+            "resolution": self.model.resolution,
             "steps": request.num_inference_steps,
             "sampler": request.sampler,
             "seed": request.seed,
@@ -184,7 +184,7 @@ def accept(
         runtime=runtime,
         engine=engine,
         ticket=ticket,
-        model=catalog.model(generation.model),
+        model=catalog.model(generation.model).facts,
         format=format,
         quality=quality,
         started=started,

@@ -124,7 +124,7 @@ def _image(answer: Answer, job: ImageJob, image: bytes) -> dict[str, Any]:
 
 def _common(answer: Answer) -> dict[str, Any]:
     """What OpenAI says both of an answer and of an event."""
-    side = answer.model.pipeline.resolution
+    side = answer.model.resolution
     return {
         "background": "opaque",
         "output_format": answer.format,

@@ -12,6 +12,7 @@ import base64
 import json
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
@@ -28,6 +29,8 @@ from PIL import Image
 
 from model.images import read_metadata
 from model.pipeline import LaMambaPipeline
+from service.api.answering import accept
+from service.api.schemas import GenerateRequest
 from service.api_keys import key_hash, new_key
 from service.app import create_app
 from service.errors import StartupError
@@ -378,6 +381,27 @@ def test_a_request_in_flight_keeps_its_version(repository: Repository) -> None:
         gate.set()
         assert weights_of(await request) == {"small-1"}
         assert weights_of(await client.post("/generate", json=body)) == {"small-2"}
+
+    talk_to(app, talk)
+
+
+def test_an_answer_that_is_not_read_keeps_no_model(repository: Repository) -> None:
+    app = app_of(repository)
+
+    async def talk(client: httpx.AsyncClient) -> None:
+        body = GenerateRequest(**BODY)
+        answer = accept(app.state.runtime, "a client", body, "r", format="png", quality=90, started=0.0)
+        files = await answer.images()
+        old = weakref.ref(repository.pipelines.pop("small-1"))
+        repository.write("small", weights=2)
+        assert (await client.post("/admin/models/small/load")).status_code == 200
+        await until(lambda: gone(old))
+        assert (answer.facts()["model"], answer.class_label) == ("small", LABELS[2])
+        assert read_metadata(files[0])["weights"] == "small-1"
+        answer.close()
+
+    async def gone(old: weakref.ref[LaMambaPipeline]) -> bool:
+        return old() is None
 
     talk_to(app, talk)
 
