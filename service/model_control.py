@@ -33,6 +33,7 @@ from service.errors import (
     UnusableModel,
     shown,
 )
+from service.futures import mark_seen
 from service.model_loading import ModelCopies, ModelSource
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class ModelControl:
         self._loading = name
         self._load_task = asyncio.create_task(self._load(name))
         self._load_task.add_done_callback(self._end_load)
+        self._load_task.add_done_callback(mark_seen)  # whoever waited for it may have left
         await asyncio.shield(self._load_task)
         return self._status(name)
 
@@ -188,8 +190,6 @@ class ModelControl:
 
     def _end_load(self, task: asyncio.Task[None]) -> None:
         self._loading = self._load_task = None
-        if not task.cancelled():
-            task.exception()  # seen, where whoever waited for it has left
 
     def _swap(self, lane: LaneName, pipeline: ServedPipeline) -> None:
         old = next((model for model in self.catalog.models if model.name == lane.model), None)

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from model.images import ImageFormat, encode_image, image_metadata
 from service.errors import InvalidField
+from service.futures import mark_seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -135,7 +136,9 @@ class Answer:
     async def image(self, job: ImageJob) -> bytes:
         """One image's file, as soon as its pixels are there."""
         # Shielded: who stops waiting closes the ticket, which the engine would not notice of a single job.
-        pixels = await asyncio.shield(asyncio.wrap_future(job.result))
+        result = asyncio.shield(asyncio.wrap_future(job.result))
+        result.add_done_callback(mark_seen)  # the images of a request fail together, and one of them is told
+        pixels = await result
         return await asyncio.get_running_loop().run_in_executor(
             self.runtime.encoders, encode_image, pixels, self.format, self.quality, self.metadata(job)
         )
