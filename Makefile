@@ -48,8 +48,9 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-dev  ## write docs/settings.md from the settings
+docs: $(VENV)/.installed-dev  ## write docs/settings.md and docs/metrics.md from the code
 	$(BIN)/python -m service.settings_table docs/settings.md
+	$(BIN)/python -m service.metrics_table docs/metrics.md
 
 lock: $(VENV)/.installed-dev  ## write the versions installed in .venv to constraints.txt
 	$(PIP) freeze --exclude-editable | sed -e 's/+cpu$$//' -e '/^pip==/d' | LC_ALL=C sort > constraints.txt
