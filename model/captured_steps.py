@@ -2,8 +2,8 @@
 
 A step of the XL network is some 3,000 kernels, which a host launches in 30 ms whatever their size; at few
 rows a GPU runs them in 5. A graph holds shapes and addresses, so there is one for each number of images in
-`sizes` and for guidance on or off. A batch is copied in, filled up to the next size, and copied out; rows
-that fill it up change nothing in the others.
+`sizes` with all of them guided, half of them, or none. A batch is copied in, filled up to the next size and
+guided images, and copied out; rows that fill it up change nothing in the others.
 """
 
 from __future__ import annotations
@@ -28,8 +28,14 @@ CAPTURED_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _BUSY_ROWS = 40
 _MOST_FILLED_UP = 1.2
 
+# Steps of these numbers of images are also captured with guidance for half of them. Of fewer, the rows that
+# this saves take little time; of more, a step with guidance for some would mostly run uncaptured.
+_HALVED = range(4, 33)
+
 StepFunction = Callable[[StepBatch], tuple[Tensor, Tensor]]
 _Launch = Callable[[], tuple[Tensor, Tensor]]
+_Size = tuple[int, int]
+"""Images, and guided ones among them."""
 
 
 class CapturedSteps:
@@ -47,9 +53,10 @@ class CapturedSteps:
         device: torch.device,
         sizes: Sequence[int] = CAPTURED_SIZES,
     ) -> None:
-        self._step = step
+        self.uncaptured = step
+        """What runs batches that fit no size."""
         self._latent_shape, self._device, self._sizes = latent_shape, device, tuple(sorted(sizes))
-        self._captured: dict[tuple[int, bool], tuple[StepBatch, _Launch]] = {}
+        self._captured: dict[_Size, tuple[StepBatch, _Launch]] = {}
         self._lock = threading.Lock()
         self._captures = Captures(device)
 
@@ -59,9 +66,9 @@ class CapturedSteps:
         num_images, num_guided = batch.latents.shape[0], batch.guided.shape[0]
         size = self._size(num_images, num_guided)
         if size is None:
-            return self._step(batch)
+            return self.uncaptured(batch)
         with self._lock:  # of the tensors that all batches of a size pass through
-            held, step = self._captured_step(size, num_guided > 0)
+            held, step = self._captured_step(size)
             _fill(held, batch)
             latents, history = step()
             return latents[:num_images].clone(), history[:num_images].clone()
@@ -69,7 +76,7 @@ class CapturedSteps:
     def num_rows(self, num_images: int, num_guided: int) -> int:
         """Rows that a step of so many images is run with, those that fill it up included."""
         size = self._size(num_images, num_guided)
-        return num_images + num_guided if size is None else size * (2 if num_guided else 1)
+        return num_images + num_guided if size is None else sum(size)
 
     @torch.inference_mode()
     def capture_all(self, *, max_images: int, conditional: bool) -> Iterator[None]:
@@ -80,37 +87,29 @@ class CapturedSteps:
         """
         smaller = [size for size in self._sizes if size < max_images]
         for size in (*self._sizes[len(smaller) : len(smaller) + 1], *reversed(smaller)):
-            for guided in (True, False) if conditional else (False,):
-                self._captured_step(size, guided)
+            for num_guided in _guided_sizes(size) if conditional else (0,):
+                self._captured_step((size, num_guided))
                 yield
 
-    def _size(self, num_images: int, num_guided: int) -> int | None:
-        """Images of the captured step that runs a batch; None where it runs uncaptured."""
+    def _size(self, num_images: int, num_guided: int) -> _Size | None:
+        """That of the captured step that runs a batch; None where it runs uncaptured."""
         size = next((size for size in self._sizes if size >= num_images), None)
-        if size is None or _costs_more(num_images + num_guided, size * (2 if num_guided else 1)):
+        if size is None:
             return None
-        return size
+        guided = min(guided for guided in _guided_sizes(size) if guided >= num_guided)
+        return None if _costs_more(num_images + num_guided, size + guided) else (size, guided)
 
-    def _captured_step(self, size: int, guided: bool) -> tuple[StepBatch, _Launch]:
-        if (size, guided) not in self._captured:
-            held = self._empty_batch(size, guided)
-            self._captured[size, guided] = held, self._captures.capture(partial(self._step, held))
-        return self._captured[size, guided]
+    def _captured_step(self, size: _Size) -> tuple[StepBatch, _Launch]:
+        if size not in self._captured:
+            num_images, num_guided = size
+            held = StepBatch.blank(num_images, self._latent_shape, num_guided=num_guided, device=self._device)
+            self._captured[size] = held, self._captures.capture(partial(self.uncaptured, held))
+        return self._captured[size]
 
-    def _empty_batch(self, size: int, guided: bool) -> StepBatch:
-        """A valid batch of the shapes that the graph is to hold."""
-        images = torch.zeros(3, size, *self._latent_shape, device=self._device)
-        numbers = torch.zeros(2, size, dtype=torch.int64, device=self._device)
-        return StepBatch(
-            latents=images[0],
-            history=images[1],
-            timesteps=numbers[0],
-            coefficients=torch.zeros(size, 8, device=self._device),
-            class_labels=numbers[1],
-            guidance_scale=torch.ones(size, device=self._device),
-            guided=torch.arange(size if guided else 0, device=self._device),
-            noise=images[2],
-        )
+
+def _guided_sizes(num_images: int) -> tuple[int, ...]:
+    """Guided images of the captured steps of so many images, the most first."""
+    return (num_images, num_images // 2, 0) if num_images in _HALVED else (num_images, 0)
 
 
 def _costs_more(rows: int, filled_up: int) -> bool:

@@ -47,6 +47,12 @@ def sample(
     cfg_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance, 1 to 20; by default the model's own.")
     ] = None,
+    guidance_interval: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            help="Least and greatest timestep with guidance, of 0 (clean) to 999 (noise); by default all."
+        ),
+    ] = None,
     sampler: Annotated[str, typer.Option(help="ddpm, ddim or dpm++.")] = "dpm++",
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps; by default 250 for ddpm, 50 for ddim, 20 for dpm++.")
@@ -72,7 +78,7 @@ def sample(
         if sampler not in DEFAULT_STEPS:
             raise ValueError(f"sampler: {sampler} given; accepted are {', '.join(DEFAULT_STEPS)}")
         pipeline = _load(model, resolution, device, scan_backend)
-        plan = _plan(pipeline, class_id, num, cfg_scale, sampler, steps, seed)
+        plan = _plan(pipeline, class_id, num, cfg_scale, guidance_interval, sampler, steps, seed)
         write(plan, _make(pipeline, plan, batch_size))
     typer.echo(f"{out}: {num} of {pipeline.name}, seed {plan.seed}")
 
@@ -84,6 +90,7 @@ class _Plan:
     pipeline: LaMambaPipeline
     class_labels: Sequence[int]
     guidance_scale: float
+    guidance_interval: tuple[int, int] | None
     sampler: str
     num_inference_steps: int
     seed: int
@@ -98,6 +105,7 @@ class _Plan:
             image_index=image_index,
             class_label=self.pipeline.labels[label] if self.pipeline.num_classes else None,
             guidance_scale=self.guidance_scale,
+            guidance_interval=self.guidance_interval,
             num_inference_steps=self.num_inference_steps,
             sampler=self.sampler,
             model=self.pipeline.name,
@@ -148,17 +156,25 @@ def _plan(
     class_id: str | None,
     num: int,
     cfg_scale: float | None,
+    guidance_interval: tuple[int, int] | None,
     sampler: str,
     steps: int | None,
     seed: int | None,
 ) -> _Plan:
+    from model.diffusion.guidance import check_guidance_interval
+
     max_steps = pipeline.schedule.num_timesteps
     steps = DEFAULT_STEPS[sampler] if steps is None else steps
     if not 1 <= steps <= max_steps:
         raise ValueError(f"steps: {steps} given; {pipeline.name} accepts 1 to {max_steps}")
+    if guidance_interval is not None:
+        check_guidance_interval(guidance_interval, max_steps)
     if not pipeline.num_classes:
-        if class_id is not None or cfg_scale not in (None, 1.0):
-            raise ValueError(f"class, cfg_scale: given; {pipeline.name} has no classes and accepts neither")
+        if class_id is not None or cfg_scale not in (None, 1.0) or guidance_interval is not None:
+            raise ValueError(
+                f"class, cfg_scale, guidance_interval: given; {pipeline.name} has no classes "
+                "and accepts none of them"
+            )
         labels = [pipeline.null_label] * num
     elif class_id is not None:
         labels = [pipeline.class_index(class_id)] * num
@@ -169,6 +185,7 @@ def _plan(
         pipeline=pipeline,
         class_labels=labels,
         guidance_scale=default_scale if cfg_scale is None else cfg_scale,
+        guidance_interval=guidance_interval,
         sampler=sampler,
         num_inference_steps=steps,
         seed=secrets.randbelow(2**32) if seed is None else seed,
@@ -195,6 +212,7 @@ def _make(pipeline: LaMambaPipeline, plan: _Plan, batch_size: int) -> _Images:
                 seeds=[plan.seed] * len(part),
                 image_indices=list(part),
                 guidance_scale=plan.guidance_scale,
+                guidance_interval=plan.guidance_interval,
                 num_inference_steps=plan.num_inference_steps,
                 sampler=plan.sampler,
                 batch_size=batch_size,

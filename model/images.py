@@ -1,9 +1,9 @@
 """Pixels to files: PNG, JPEG and WebP with the settings that made the picture, and grids of pictures.
 
-What a file carries (`image_metadata` names it): seed, image index, class, cfg, steps, sampler, weights
-hash. A PNG has one text chunk a key, readable by any viewer; JPEG and WebP have no text chunks and carry
-the same keys as one JSON object in the EXIF field UserComment. `read_metadata` reads all three back. Pillow
-and numpy alone: importing this costs no torch.
+What a file carries (`image_metadata` names it): seed, image index, class, cfg, the interval of timesteps
+with guidance, steps, sampler, weights hash. A PNG has one text chunk a key, readable by any viewer; JPEG and
+WebP have no text chunks and carry the same keys as one JSON object in the EXIF field UserComment.
+`read_metadata` reads all three back. Pillow and numpy alone: importing this costs no torch.
 """
 
 from __future__ import annotations
@@ -47,17 +47,22 @@ def image_metadata(
     image_index: int,
     class_label: str | None,
     guidance_scale: float,
+    guidance_interval: tuple[int, int] | None = None,
     num_inference_steps: int,
     sampler: str,
     model: str,
     weights_hash: str,
 ) -> dict[str, str]:
-    """The settings that make an image again, as its file carries them; `class_label` None: no class."""
+    """The settings that make an image again, as its file carries them.
+
+    `class_label` None: no class; `guidance_interval` None: guidance at every step.
+    """
     metadata = {
         "seed": str(seed),
         "image_index": str(image_index),
         "class": class_label or "",
         "cfg": f"{guidance_scale:g}",
+        "cfg_interval": "-".join(str(timestep) for timestep in guidance_interval or ()),
         "steps": str(num_inference_steps),
         "sampler": sampler,
         "model": model,

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from model.autoencoder import Autoencoder, to_pixels
-from model.captured_decoder import CapturedDecoder
+from model.captured_decoder import DECODED_SIZES, CapturedDecoder
 from model.captured_steps import CapturedSteps, StepFunction
 from model.cpu_rows import RowThreads
+from model.cuda_memory import peak_bytes
 from model.device import resolve_device
+from model.diffusion.guidance import check_guidance_interval, guided_steps
 from model.diffusion.noise import gaussian_noise
 from model.diffusion.samplers import SamplerTable, sampler_table
 from model.diffusion.schedule import NoiseSchedule
-from model.diffusion.step import StepBatch, denoise_step
+from model.diffusion.step import DenoisingNetwork, StepBatch, denoise_step
+from model.fixed_rows import FixedRows
 from model.model_folder import (
     load_autoencoder,
     load_network,
@@ -62,6 +65,8 @@ class LaMambaPipeline:
     """What shares the rows of a step; None runs them in one call."""
     step_function: StepFunction | None = None
     """`denoise_step` of the network as this device runs it fastest; None is the plain one."""
+    fixed_rows: FixedRows | None = None
+    """What has all network calls be of one size; None: they are as large as the steps."""
     captured_decoder: CapturedDecoder | None = None
     """The autoencoder's decoder in one launch; None launches it call by call."""
     preview_map: PreviewMap | None = None
@@ -78,6 +83,7 @@ class LaMambaPipeline:
         num_row_threads: int = 1,
         cuda_graphs: bool = True,
         compile: bool = False,
+        fixed_rows: int | None = None,
     ) -> LaMambaPipeline:
         """Load a model folder, or a hub id of one.
 
@@ -90,6 +96,9 @@ class LaMambaPipeline:
                 thread (`torch.set_num_threads(1)`). Other devices do not use them.
             cuda_graphs: on CUDA, launch a denoising step, and the decoder, as one CUDA graph each.
             compile: on CUDA, compile the blocks at the first steps: see `network.compiled_blocks`.
+            fixed_rows: have the network always compute so many rows, filled up, and decode images singly: an
+                image is then the same to the bit whatever is computed with it. 1 is for a CPU, where rows
+                take no less time together. On CUDA call `fixed_rows.prepare_process` too.
 
         Raises:
             ValueError: one line that names the folder and what does not fit.
@@ -115,25 +124,29 @@ class LaMambaPipeline:
         if device.type == "cpu":  # another device has a copy
             own_weights(network)
             own_weights(autoencoder.module)
+        graphs = cuda_graphs and device.type == "cuda"
+        rows = None if fixed_rows is None else FixedRows(network, num_rows=fixed_rows, captured=graphs)
         step: StepFunction | None = None
         decoder: CapturedDecoder | None = None
         if device.type == "cuda":
             network.stack_conditioning()
             step = partial(
                 denoise_step,
-                network,
+                rows or network,
                 null_label=network.null_label,
                 guidance_channels=index.guidance_channels,
             )
             step = with_compiled_blocks(network, step) if compile else step
-            if cuda_graphs:
+            if graphs:
                 latent_shape = _latent_shape(network)
-                step = CapturedSteps(step, latent_shape=latent_shape, device=device)
                 decoder = CapturedDecoder(
                     lambda latents: to_pixels(autoencoder.decode(latents)),
                     latent_shape=latent_shape,
                     device=device,
+                    sizes=DECODED_SIZES if rows is None else (1,),
                 )
+                if rows is None:
+                    step = CapturedSteps(step, latent_shape=latent_shape, device=device)
         return cls(
             name=index.name,
             resolution=network.architecture.sample_size * autoencoder.downsampling,
@@ -148,6 +161,7 @@ class LaMambaPipeline:
             dtype=dtype,
             row_threads=RowThreads(num_row_threads) if device.type == "cpu" and num_row_threads > 1 else None,
             step_function=step,
+            fixed_rows=rows,
             captured_decoder=decoder,
             preview_map=None if preview_map is None else preview_map.to(device),
         )
@@ -156,16 +170,37 @@ class LaMambaPipeline:
         """Next latents and history of the images of `batch`, as this device computes them fastest."""
         if self.step_function is not None:
             return self.step_function(batch)
-        network = self.network if self.row_threads is None else self.row_threads.share(self.network)
+        network: DenoisingNetwork = self.fixed_rows or self.network
+        if self.row_threads is not None:
+            network = self.row_threads.share(network)
         return denoise_step(
             network, batch, null_label=self.null_label, guidance_channels=self.guidance_channels
         )
+
+    @torch.inference_mode()
+    def step_bytes(self, num_images: int) -> int:
+        """Device memory that a step of so many images takes at once, guided where there are classes; on CUDA.
+
+        Raises OutOfMemoryError.
+        """
+        captured = self.step_function
+        step = captured.uncaptured if isinstance(captured, CapturedSteps) else self.denoise_step
+        num_guided = num_images if self.num_classes else 0
+        batch = StepBatch.blank(num_images, self.latent_shape, num_guided=num_guided, device=self.device)
+        return peak_bytes(partial(step, batch), self.device)
+
+    @torch.inference_mode()
+    def decode_bytes(self, num_images: int) -> int:
+        """Device memory that decoding so many images takes at once; on CUDA. Raises OutOfMemoryError."""
+        latents = torch.zeros(num_images, *self.latent_shape, device=self.device)
+        return peak_bytes(lambda: to_pixels(self.autoencoder.decode(latents)), self.device)
 
     def num_rows(self, num_images: int, num_guided: int) -> int:
         """Rows that the network computes in a step of so many images, those that fill it up included."""
         if isinstance(self.step_function, CapturedSteps):
             return self.step_function.num_rows(num_images, num_guided)
-        return num_images + num_guided
+        rows = num_images + num_guided
+        return rows if self.fixed_rows is None else self.fixed_rows.num_computed(rows)
 
     def prepare_steps(self, *, max_images: int) -> Iterator[None]:
         """Make ready what `denoise_step` makes at the first step of each size, up to so many images; a size
@@ -221,7 +256,8 @@ class LaMambaPipeline:
         if self.captured_decoder is not None and len(latents):
             return self.captured_decoder(latents)
         # On a CPU a batch takes the time of its images one by one, and a multiple of their memory.
-        parts = latents.split(1) if self.device.type == "cpu" else (latents,)
+        singly = self.device.type == "cpu" or self.fixed_rows is not None
+        parts = latents.split(1) if singly else (latents,)
         return to_pixels(torch.cat([self.autoencoder.decode(part) for part in parts])).cpu()
 
     @torch.inference_mode()
@@ -242,6 +278,7 @@ class LaMambaPipeline:
         seeds: Sequence[int],
         image_indices: Sequence[int] | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
         num_inference_steps: int = 20,
         sampler: str = "dpm++",
         eta: float = 0.0,
@@ -258,15 +295,18 @@ class LaMambaPipeline:
             seeds: non-negative, below 2**63.
             image_indices: the image's place among those of its seed; zeros by default.
             guidance_scale: 1 turns guidance off; None takes the model's default.
+            guidance_interval: the least and the greatest timestep with guidance, of those of training: 0 is
+                the cleanest, `schedule.num_timesteps - 1` pure noise. A step outside costs half. None is all.
             progress: called with the number of denoising steps (images x steps) just finished.
 
-        Raises ValueError, before any work, for labels that the model does not have.
+        Raises ValueError, before any work, for labels and timesteps that the model does not have.
         """
         latents = self.sample_latents(
             class_labels,
             seeds=seeds,
             image_indices=image_indices,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             num_inference_steps=num_inference_steps,
             sampler=sampler,
             eta=eta,
@@ -283,6 +323,7 @@ class LaMambaPipeline:
         seeds: Sequence[int],
         image_indices: Sequence[int] | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
         num_inference_steps: int = 20,
         sampler: str = "dpm++",
         eta: float = 0.0,
@@ -297,14 +338,18 @@ class LaMambaPipeline:
                 raise ValueError(f"{field}: {len(given)} given; one a label, {len(labels)}, is accepted")
         if guidance_scale is None:
             guidance_scale = self.default_guidance_scale if self.num_classes else 1.0
+        if guidance_interval is not None:
+            check_guidance_interval(guidance_interval, self.schedule.num_timesteps)
         table = sampler_table(sampler, num_inference_steps, self.schedule, eta=eta)
-        parts = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
-        return torch.cat(
-            [
-                self._denoise(labels[part], list(seeds[part]), indices[part], guidance_scale, table, progress)
-                for part in parts
-            ]
+        denoise = partial(
+            self._denoise,
+            table=table,
+            guidance_scale=guidance_scale,
+            guided=guided_steps(table.timesteps.tolist(), guidance_scale, guidance_interval),
+            progress=progress,
         )
+        parts = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
+        return torch.cat([denoise(labels[part], list(seeds[part]), indices[part]) for part in parts])
 
     def _checked_labels(self, class_labels: Sequence[int]) -> list[int]:
         # On CUDA a label out of range fails inside a kernel, after which the process cannot use the device.
@@ -323,8 +368,10 @@ class LaMambaPipeline:
         labels: list[int],
         seeds: list[int],
         image_indices: list[int],
-        guidance_scale: float,
+        *,
         table: SamplerTable,
+        guidance_scale: float,
+        guided: range,
         progress: Callable[[int], None] | None,
     ) -> Tensor:
         images = len(labels)
@@ -333,7 +380,7 @@ class LaMambaPipeline:
             for values in (seeds, image_indices, labels)
         )
         scale = torch.full((images,), guidance_scale, device=self.device)
-        guided = torch.arange(images if guidance_scale != 1.0 else 0, device=self.device)
+        everybody, nobody = (torch.arange(count, device=self.device) for count in (images, 0))
         coefficients, timesteps = table.coefficients.to(self.device), table.timesteps.to(self.device)
         latents = gaussian_noise(seed, index, torch.zeros_like(index), self.latent_shape)
         history = torch.zeros_like(latents)
@@ -346,7 +393,7 @@ class LaMambaPipeline:
                 coefficients=coefficients[i].expand(images, -1),
                 class_labels=label,
                 guidance_scale=scale,
-                guided=guided,
+                guided=everybody if i in guided else nobody,
                 noise=gaussian_noise(seed, index, draw, self.latent_shape) if table.stochastic else None,
             )
             latents, history = self.denoise_step(batch)

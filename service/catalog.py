@@ -116,6 +116,9 @@ class ServedModel:
         return {
             "class_id": f"a class id from 0 to {last} or its label" if self.conditional else "no class",
             "cfg_scale": f"{low:g} to {high:g}" if high > low else f"{low:g}",
+            "guidance_interval": f"two timesteps from 0 to {self.max_steps - 1}, the lower one first"
+            if self.conditional
+            else "none, for it has no guidance",
             "resolution": str(self.pipeline.resolution),
             "num_images": f"1 to {self.max_images_per_request}",
             "steps": f"1 to {self.max_steps}",
@@ -153,6 +156,9 @@ class ServedModel:
                     "maximum": self.cfg_range[1],
                     "default": self.default_cfg_scale,
                 },
+                "guidance_interval": {"minimum": 0, "maximum": self.max_steps - 1}
+                if self.conditional
+                else None,
                 "num_images": {"minimum": 1, "maximum": self.max_images_per_request, "default": 1},
                 "steps": {"minimum": 1, "maximum": self.max_steps, "default": dict(DEFAULT_STEPS)},
                 "seed": {"minimum": 0, "maximum": MAX_SEED},
@@ -254,6 +260,7 @@ class Catalog:
             version=model.version,
             class_label=_class_label(model, body.class_id),
             guidance_scale=float(cfg_scale),  # the one place where the public name becomes the mathematics'
+            guidance_interval=_guidance_interval(model, body.guidance_interval),
             num_inference_steps=steps,
             sampler=body.sampler,
             seed=secrets.randbelow(_RANDOM_SEEDS) if body.seed is None else body.seed,
@@ -280,6 +287,15 @@ def _class_label(model: ServedModel, class_id: int | str | None) -> int:
         raise InvalidField(
             "class_id", class_id, f"{accepted}; the nearest of {hint}" if hint else accepted
         ) from error
+
+
+def _guidance_interval(model: ServedModel, given: Sequence[int] | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    low, high = given
+    if not model.conditional or not 0 <= low <= high < model.max_steps:
+        raise InvalidField("guidance_interval", given, model.accepted()["guidance_interval"])
+    return low, high
 
 
 def _check_range(model: ServedModel, name: str, value: float, low: float, high: float) -> None:

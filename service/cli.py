@@ -74,6 +74,13 @@ def serve(
             "--compile/--no-compile", help="On CUDA, compile the network; slower start, faster steps."
         ),
     ] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(
+            "--deterministic/--no-deterministic",
+            help="A seed fixes an image to the bit; every step computes --max-rows rows.",
+        ),
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Network rows a step; a guided image takes 2.")] = None,
     batching: Annotated[str | None, typer.Option(help="continuous, or static to compare with.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images of a static batch.")] = None,
@@ -98,6 +105,7 @@ def serve(
             dtype=dtype,
             scan_backend=scan_backend,
             compile=compile,
+            deterministic=deterministic,
             max_rows=max_rows,
             batching=batching,
             batch_size=batch_size,

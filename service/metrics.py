@@ -145,6 +145,11 @@ class Metrics:
         self.failures = self._counter(
             "failures", "Requests that were accepted and failed, by stage.", "stage"
         )
+        self.out_of_memory_recoveries = self._counter(
+            "out_of_memory_recoveries",
+            "Steps that did not fit the device's memory and were taken again with fewer rows.",
+            "device",
+        )
         self.deadlines_exceeded = self._counter(
             "deadline_exceeded", "Requests given up at their deadline, by the stage they were in.", "stage"
         )
@@ -183,6 +188,9 @@ class Metrics:
         )
         self._images_waiting = self._gauge("queue_images", "Images that wait for a slot.", "device")
         self._active_slots = self._gauge("active_slots", "Images that hold a slot.", "device")
+        self._row_limit = self._gauge(
+            "row_limit", "Most rows of a step now: max_rows, or fewer after it ran out of memory.", "device"
+        )
         self._models_loaded = self._gauge(
             "model_loaded", "1 for a model that is loaded, 0 for one that has been unloaded.", "model"
         )
@@ -217,6 +225,7 @@ class Metrics:
         requests_waiting: Callable[[], float],
         images_waiting: Callable[[], float],
         active_slots: Callable[[], float],
+        row_limit: Callable[[], float],
     ) -> None:
         """Name the functions that the load gauges of a device read at each scrape, so that they are never
         stale.
@@ -225,6 +234,8 @@ class Metrics:
         self._requests_waiting.labels(device).set_function(requests_waiting)
         self._images_waiting.labels(device).set_function(images_waiting)
         self._active_slots.labels(device).set_function(active_slots)
+        self._row_limit.labels(device).set_function(row_limit)
+        self.out_of_memory_recoveries.labels(device)
 
     def read_gpu_memory(self, device: object, kinds: Mapping[str, Callable[[], float]]) -> None:
         """Name the functions that give a GPU's memory in bytes; a server on a CPU has none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -27,7 +27,19 @@ if TYPE_CHECKING:
     from service.model_repository import ModelRepository
     from service.settings import Settings
 
-__all__ = ["ModelCopies", "ModelSource", "first_sources", "load_pipeline"]
+__all__ = [
+    "DETERMINISTIC_ROWS",
+    "ModelCopies",
+    "ModelSource",
+    "first_sources",
+    "load_pipeline",
+    "rows_of_calls",
+]
+
+DETERMINISTIC_ROWS: Final = 16
+"""max_rows of a deterministic GPU by default: each step computes all of them, and one image alone waits for
+as many.
+"""
 
 _logger = logging.getLogger(__name__)
 
@@ -90,6 +102,7 @@ def load_pipeline(source: ModelSource, device: torch.device, settings: Settings)
         num_row_threads=settings.num_threads or available_cpu_threads(),
         cuda_graphs=settings.cuda_graphs,
         compile=settings.compile,
+        fixed_rows=rows_of_calls(settings, device),
     )
     if source.name is not None:
         pipeline = replace(pipeline, name=source.name)
@@ -99,6 +112,13 @@ def load_pipeline(source: ModelSource, device: torch.device, settings: Settings)
         *(pipeline.device, str(pipeline.dtype).removeprefix("torch."), pipeline.scan_backend),
     )
     return pipeline
+
+
+def rows_of_calls(settings: Settings, device: torch.device) -> int | None:
+    """What all calls of the network are filled up to; None where they are as large as the steps."""
+    if not settings.deterministic:
+        return None
+    return settings.max_rows or DETERMINISTIC_ROWS if device.type == "cuda" else 1
 
 
 class ModelCopies:

@@ -20,20 +20,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model import fixed_rows
 from model.cpu_rows import prepare_process
 from model.device import resolve_device
 from model.messages import one_line
 from service.catalog import Catalog, ServedModel
 from service.engine.batching import CONTINUOUS, StaticBatching
+from service.engine.decode import MAX_DECODE_BATCH
 from service.engine.engine import Engine
 from service.engine.group import EngineGroup
+from service.engine.memory_probe import probe_max_rows
 from service.errors import Draining, EngineStopped, NotReady, StartupError
 from service.idempotency import IdempotentAnswers
 from service.metrics import Metrics
 from service.model_control import ModelControl
-from service.model_loading import ModelCopies, first_sources
+from service.model_loading import DETERMINISTIC_ROWS, ModelCopies, first_sources
 from service.model_repository import ModelRepository
 from service.rate_limits import RateLimits
+from service.tracing import tracing_of_environment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,7 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Runtime", "RuntimeState"]
 
 # On a CPU a row costs the same in a batch of 8 as in one of 32, which would only make everybody wait longer.
-_MAX_ROWS = {"cpu": 8, "cuda": 128}
+_MAX_ROWS_ON_CPU = 8
 
 # After a step the engine's thread waits until the one that runs Python (requests, decoder, encoders) gives
 # way, by Python's default for up to 5 ms: as long as a step of XL takes at few rows.
@@ -83,6 +87,7 @@ class Runtime:
             ttl_s=settings.idempotency_ttl_s,
             metrics=self.metrics,
         )
+        self.tracing = tracing_of_environment()
         self.encoders = ThreadPoolExecutor(settings.num_encoders, thread_name_prefix="lamamba-encoder")
         self.failure: StartupError | None = None
         self.supervised = False
@@ -130,6 +135,13 @@ class Runtime:
         return self.models.catalog
 
     @property
+    def max_rows(self) -> int:
+        """Network rows of a step. Raises NotReady while there are no models."""
+        if self._engine is None:
+            raise self._not_ready()
+        return self._engine.max_rows
+
+    @property
     def engine(self) -> EngineGroup:
         """The engines. Raises NotReady or Draining when it takes no requests."""
         if self._engine is None:
@@ -167,6 +179,8 @@ class Runtime:
         if self._models is not None:
             await self._models.stop()
         self.encoders.shutdown(wait=False)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     def drain(self) -> None:
         """Turn new requests away; what was accepted is finished."""
@@ -180,6 +194,8 @@ class Runtime:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         try:
             devices = self._devices()
+            if settings.deterministic and devices[0].type == "cuda":
+                fixed_rows.prepare_process()
             num_engines = len(devices)
             folder = settings.model_repository
             repository = None if folder is None else ModelRepository(folder)
@@ -240,7 +256,7 @@ class Runtime:
 
     def _engine_of(self, pipelines: Mapping[LaneName, ServedPipeline], num_engines: int) -> Engine:
         settings = self.settings
-        max_rows = settings.max_rows or _MAX_ROWS[next(iter(pipelines.values())).device.type]
+        max_rows = settings.max_rows or self._default_max_rows(list(pipelines.values()))
         return Engine(
             pipelines,
             max_rows=max_rows,
@@ -249,6 +265,14 @@ class Runtime:
             priority_aging_s=settings.priority_aging_s,
             batching=_batching(settings, max_rows),
         )
+
+    def _default_max_rows(self, pipelines: Sequence[ServedPipeline]) -> int:
+        """Raises ValueError where a GPU has no memory for any."""
+        if pipelines[0].device.type != "cuda":
+            return _MAX_ROWS_ON_CPU
+        if self.settings.deterministic:
+            return DETERMINISTIC_ROWS
+        return probe_max_rows(pipelines, decode_batch=MAX_DECODE_BATCH, captured=self.settings.cuda_graphs)
 
     def _devices(self) -> list[torch.device]:
         if self._given is not None:

@@ -92,6 +92,11 @@ class Settings(BaseSettings):
         description="On CUDA, compile the network: a slower start, faster steps. What is compiled is kept in "
         "TORCHINDUCTOR_CACHE_DIR.",
     )
+    deterministic: bool = Field(
+        False,
+        description="A seed fixes an image to the bit, whatever else is made with it: each step computes "
+        "max_rows rows on CUDA (0: 16), filled up, and single rows on CPU.",
+    )
     num_threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of the network; 0: as many as the cgroup's quota allows."
     )
@@ -99,7 +104,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=4096,
-        description="Network rows a step (a guided image takes 2); 0: 8 on CPU, 128 on CUDA.",
+        description="Network rows a step (a guided image takes 2); 0: 8 on CPU, on CUDA as many as fit its "
+        "memory, up to 128.",
     )
     batching: Literal["continuous", "static"] = Field(
         "continuous",
@@ -214,6 +220,13 @@ class Settings(BaseSettings):
     def _check_gpus(cls, value: str) -> str:
         if not _GPUS.fullmatch(value) or len(set(value.split(","))) < len(value.split(",")):
             raise ValueError("accepted are all, or different numbers as in 0,1")
+        return value
+
+    @field_validator("deterministic")
+    @classmethod
+    def _check_deterministic(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("compile"):
+            raise ValueError("compile is true, and one of the two is accepted")
         return value
 
     @field_validator("batch_size", "batch_wait_ms")

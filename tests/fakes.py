@@ -38,9 +38,13 @@ class FakeNetwork:
         self.before_call: Callable[[], None] = lambda: None
         self.failing_label: int | None = None
         self.nan_label: int | None = None
+        self.rows_that_fit: int | None = None
+        """Of a call; more are out of memory."""
 
     def __call__(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Any:
         self.before_call()
+        if self.rows_that_fit is not None and len(hidden_states) > self.rows_that_fit:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {len(hidden_states)} rows")
         self.rows_of_calls.append(len(hidden_states))
         if self.failing_label is not None and bool((class_labels == self.failing_label).any()):
             raise RuntimeError(f"the device fails on class {self.failing_label}")
@@ -86,3 +90,13 @@ def fake_pipeline(
         dtype=torch.float32,
         preview_map=PreviewMap(weight=torch.eye(3, CHANNELS) / 100, bias=torch.zeros(3)),
     )
+
+
+def row_arguments(rows: int, side: int) -> dict[str, Tensor]:
+    """What a network is called with: `rows` latents of `side`, each with its own timestep and class."""
+    generator = torch.Generator().manual_seed(rows)
+    return {
+        "hidden_states": torch.randn(rows, 4, side, side, generator=generator),
+        "timestep": torch.arange(rows) * 7,
+        "class_labels": torch.arange(rows) % 5,
+    }

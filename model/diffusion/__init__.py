@@ -1,6 +1,6 @@
 """The diffusion process: noise schedule, training loss, samplers, guidance, one step of a batch."""
 
-from model.diffusion.guidance import guided_eps
+from model.diffusion.guidance import check_guidance_interval, guided_eps, guided_steps
 from model.diffusion.loss import DiffusionLoss, LossTables, diffusion_loss, q_sample
 from model.diffusion.noise import gaussian_noise, philox_uniform
 from model.diffusion.samplers import (
@@ -25,11 +25,13 @@ __all__ = [
     "NoiseSchedule",
     "SamplerTable",
     "StepBatch",
+    "check_guidance_interval",
     "denoise_step",
     "diffusers_scheduler_config",
     "diffusion_loss",
     "gaussian_noise",
     "guided_eps",
+    "guided_steps",
     "philox_uniform",
     "q_sample",
     "respaced_timesteps",

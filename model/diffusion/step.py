@@ -59,6 +59,24 @@ class StepBatch:
     noise: Tensor | None
     """(images, C, H, W) fp32 standard normal; None if no image of the batch is at a stochastic step."""
 
+    @classmethod
+    def blank(
+        cls, num_images: int, latent_shape: tuple[int, int, int], *, num_guided: int, device: torch.device
+    ) -> StepBatch:
+        """A valid batch of images of class 0, the first `num_guided` guided, whose numbers mean nothing."""
+        images = torch.zeros(3, num_images, *latent_shape, device=device)
+        numbers = torch.zeros(2, num_images, dtype=torch.int64, device=device)
+        return cls(
+            latents=images[0],
+            history=images[1],
+            timesteps=numbers[0],
+            coefficients=torch.zeros(num_images, 8, device=device),
+            class_labels=numbers[1],
+            guidance_scale=torch.ones(num_images, device=device),
+            guided=torch.arange(num_guided, device=device),
+            noise=images[2],
+        )
+
 
 def denoise_step(
     network: DenoisingNetwork, batch: StepBatch, *, null_label: int, guidance_channels: int | None = None

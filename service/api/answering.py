@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from service.engine.request import ImageJob, Ticket, Watcher
     from service.idempotency import IdempotencyKey
     from service.runtime import Runtime
+    from service.tracing import RequestTrace
 
-__all__ = ["ERROR_STATUSES", "Answer", "accept", "attended", "refuse_streamed", "respond"]
+__all__ = ["ERROR_STATUSES", "Answer", "accept", "attended", "begin_trace", "refuse_streamed", "respond"]
 
 _CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's; nobody is left to read it, but the log and the counter say so."""
@@ -96,10 +97,13 @@ class Answer:
     quality: int
     started: float
     """`time.monotonic()` at the request's arrival."""
+    trace: RequestTrace | None
 
     def close(self) -> None:
         """Give up what is not finished."""
         self.engine.cancel(self.ticket)
+        if self.trace is not None:
+            self.trace.end(self.ticket)
 
     @property
     def class_label(self) -> str | None:
@@ -113,6 +117,7 @@ class Answer:
             image_index=job.image_index,
             class_label=self.class_label,
             guidance_scale=job.request.guidance_scale,
+            guidance_interval=job.request.guidance_interval,
             num_inference_steps=job.request.num_inference_steps,
             sampler=job.request.sampler,
             model=self.model.name,
@@ -127,6 +132,7 @@ class Answer:
             "class_id": request.class_label if self.model.labels else None,
             "class_label": self.class_label,
             "cfg_scale": request.guidance_scale,
+            "guidance_interval": request.guidance_interval,
             "resolution": self.model.resolution,
             "steps": request.num_inference_steps,
             "sampler": request.sampler,
@@ -162,6 +168,13 @@ class Answer:
         return timings | {"total": total}
 
 
+def begin_trace(request: Request, runtime: Runtime, *, started: float) -> RequestTrace | None:
+    """The trace of a request that came at `started`; None where nobody wants any."""
+    if runtime.tracing is None:
+        return None
+    return runtime.tracing.begin(request.scope["route"].path, request.headers, started=started)
+
+
 def accept(
     runtime: Runtime,
     client: str,
@@ -171,6 +184,7 @@ def accept(
     format: ImageFormat,
     quality: int,
     started: float,
+    trace: RequestTrace | None = None,
     watcher: Watcher | None = None,
 ) -> Answer:
     """Hand a request to the engine; whoever gets the answer closes it.
@@ -191,4 +205,5 @@ def accept(
         format=format,
         quality=quality,
         started=started,
+        trace=trace,
     )

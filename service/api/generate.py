@@ -13,7 +13,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request, Response
 
 from model.images import MEDIA_TYPES
-from service.api.answering import ERROR_STATUSES, Answer, accept, refuse_streamed, respond
+from service.api.answering import ERROR_STATUSES, Answer, accept, begin_trace, refuse_streamed, respond
 from service.api.deps import ClientIdentity, GivenIdempotencyKey, ReadyRuntime, RequestId
 from service.api.events import (
     EventStream,
@@ -40,6 +40,7 @@ FACT_HEADERS: Final = (
         "Class-Id",
         "Class-Label",
         "Cfg-Scale",
+        "Guidance-Interval",
         "Resolution",
         "Steps",
         "Sampler",
@@ -87,6 +88,7 @@ async def generate(
         format=representation.format,
         quality=body.quality,
         started=started,
+        trace=begin_trace(request, runtime, started=started),
     )
     if representation.as_events:
         refuse_streamed(idempotency_key)
@@ -148,7 +150,7 @@ def _as_bytes(answer: Answer, image: bytes, timings: dict[str, float]) -> Respon
     """One image, the facts in `X-LaMamba-*` headers (percent-encoded), the timings in `Server-Timing`."""
     facts = answer.facts() | {"image_index": answer.ticket.request.image_index}
     headers = {
-        f"X-LaMamba-{name.replace('_', '-').title()}": quote(str(value), safe=" +")
+        f"X-LaMamba-{name.replace('_', '-').title()}": quote(_text(value), safe=" +")
         for name, value in facts.items()
         if value is not None
     }
@@ -156,6 +158,11 @@ def _as_bytes(answer: Answer, image: bytes, timings: dict[str, float]) -> Respon
         f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in timings.items()
     )
     return Response(image, media_type=MEDIA_TYPES[answer.format], headers=headers)
+
+
+def _text(value: object) -> str:
+    """A fact as a header has it: two timesteps are 100-700."""
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _as_json(answer: Answer, images: list[bytes], timings: dict[str, float]) -> Response:

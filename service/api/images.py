@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.answering import ERROR_STATUSES, Answer, accept, refuse_streamed, respond
+from service.api.answering import ERROR_STATUSES, Answer, accept, begin_trace, refuse_streamed, respond
 from service.api.deps import ClientIdentity, GivenIdempotencyKey, ReadyRuntime, RequestId
 from service.api.events import EventStream, EventWatcher, Finished, PreviewImage, event, updates
 from service.api.openai import (
@@ -75,6 +75,7 @@ async def generate_images(
                 format=wanted.format or "png",
                 quality=wanted.quality,
                 started=started,
+                trace=begin_trace(request, runtime, started=started),
                 watcher=watcher,
             )
 

@@ -105,6 +105,9 @@ class ImagesRequest(RequestBody):
     )
     style: Literal["natural"] | None = Field(None, description="Neutral value only.")
     cfg_scale: float | None = Field(None, description="As in /generate.")
+    guidance_interval: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="As in /generate."
+    )
     steps: int | None = Field(None, description="As in /generate.")
     sampler: Literal["ddpm", "ddim", "dpm++"] | None = Field(None, description="As in /generate.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="As in /generate.")
@@ -121,6 +124,7 @@ class ImagesRequest(RequestBody):
             "format": self.output_format or "png",
             "quality": max(1, compression),  # encoders begin at 1
             "cfg_scale": self.cfg_scale,
+            "guidance_interval": self.guidance_interval,
             "steps": self.steps,
             "sampler": self.sampler,
             "seed": self.seed,
@@ -162,6 +166,7 @@ class ImagesResponse(BaseModel):
     class_id: int | None
     class_label: str | None
     cfg_scale: float
+    guidance_interval: list[int] | None
     resolution: int
     steps: int
     sampler: str

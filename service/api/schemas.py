@@ -60,6 +60,11 @@ class GenerateRequest(RequestBody):
     cfg_scale: float | None = Field(
         None, description="Classifier-free guidance; 1 turns it off. Default: the model's own."
     )
+    guidance_interval: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(
+        None,
+        description="Least and greatest timestep with guidance, of those of training: 0 is the cleanest, the "
+        "last one pure noise. A step outside costs half. Default: guidance at every step.",
+    )
     resolution: int | None = Field(
         None, description="Pixels a side, which picks the model. Default: the smallest."
     )
@@ -120,6 +125,7 @@ class GenerateResponse(BaseModel):
     class_id: int | None
     class_label: str | None
     cfg_scale: float
+    guidance_interval: list[int] | None
     resolution: int
     steps: int
     sampler: str

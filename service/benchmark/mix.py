@@ -20,7 +20,7 @@ from service.errors import shown
 
 __all__ = ["DEFAULT_MIX", "MixEntry", "load_mix", "mean_images"]
 
-_SENT: Final = ("resolution", "steps", "sampler", "cfg_scale", "class_id", "num_images")
+_SENT: Final = ("resolution", "steps", "sampler", "cfg_scale", "guidance_interval", "class_id", "num_images")
 
 
 class MixEntry(BaseModel):
@@ -34,6 +34,7 @@ class MixEntry(BaseModel):
     resolution: int | None = Field(None, ge=1, description="None: the server's default.")
     sampler: Literal["ddpm", "ddim", "dpm++"] = "dpm++"
     cfg_scale: float | None = Field(None, ge=1, description="None: the model's default.")
+    guidance_interval: list[int] | None = Field(None, min_length=2, max_length=2)
     class_id: int | str | None = 0
     num_images: int = Field(1, ge=1)
     slo_s: float | None = Field(None, gt=0, description="None: the run's.")

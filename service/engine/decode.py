@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from service.engine.request import ImageJob
     from service.engine.runner import FinishedLatents
 
-__all__ = ["Decoder", "DecoderListener"]
+__all__ = ["MAX_DECODE_BATCH", "Decoder", "DecoderListener"]
 
-_MAX_BATCH: Final = 4
+MAX_DECODE_BATCH: Final = 4
+"""Images that are decoded together."""
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Decoder:
     """A thread that decodes what the runners of one device finish; it keeps no model beyond its images."""
 
     def __init__(
-        self, device: torch.device, listener: DecoderListener, *, max_batch: int = _MAX_BATCH
+        self, device: torch.device, listener: DecoderListener, *, max_batch: int = MAX_DECODE_BATCH
     ) -> None:
         self.max_batch = max_batch
         self._device = device

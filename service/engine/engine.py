@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.device import make_current
+from model.diffusion.guidance import guided_steps
+from model.diffusion.samplers import sampler_table
 from service.engine.batching import CONTINUOUS
 from service.engine.decode import Decoder
 from service.engine.request import GenerationRequest, ImageJob, Preview, Ticket, Watcher
@@ -67,6 +69,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.device = next(iter(pipelines.values())).device
+        self.max_rows = max_rows
         self._scheduler = Scheduler(pipelines, max_rows=max_rows, aging_s=priority_aging_s, batching=batching)
         self._runners = {lane: Runner(pipeline, num_slots=max_rows) for lane, pipeline in pipelines.items()}
         self._decoder = Decoder(self.device, self)
@@ -102,6 +105,7 @@ class Engine:
             requests_waiting=partial(self._num_requests, started=False),
             images_waiting=lambda: self._num_waiting_images,
             active_slots=lambda: self._scheduler.num_active,
+            row_limit=lambda: self._scheduler.row_limit.value,
         )
 
     # --- any thread ---
@@ -120,7 +124,12 @@ class Engine:
         `watcher` is told of what happens on the way; without one there are no previews.
         Raises QueueFull, Draining or EngineStopped at once, before any work.
         """
-        ticket = Ticket(request, submitted_at=self._clock(), watcher=watcher)
+        ticket = Ticket(
+            request,
+            submitted_at=self._clock(),
+            watcher=watcher,
+            guided_steps=self._guided_steps(request),
+        )
         with self._changed:
             self._check_alive()
             if self._draining:
@@ -259,9 +268,13 @@ class Engine:
             return self._warm_up_further()
         self._note_start(plan)
         started = self._clock()
-        failures = self._run(plan)
+        failures = self._run(plan.lane, plan.jobs)
         seconds = self._clock() - started
         self._scheduler.charge(plan.lane, seconds)
+        if failures is None:
+            self._shrink(plan)
+            return True
+        self._scheduler.row_limit.count_good_step()
         self._observe(plan, seconds)
         self._postprocess(plan, failures)
         self._report_steps(plan)
@@ -372,31 +385,47 @@ class Engine:
         self._drop(ticket)
 
     def _note_start(self, plan: PlannedStep) -> None:
-        fresh = [job for job in plan.jobs if job.step_index == 0]
-        self._leave_queue(len(fresh))
-        for job in fresh:
+        self._leave_queue(len(plan.admitted))
+        for job in plan.admitted:
             ticket = job.ticket
             if ticket.started_at is None:
                 ticket.started_at = self._clock()
                 self._metrics.request_queue_time.observe(ticket.started_at - ticket.submitted_at)
                 self._watched.discard(ticket)
 
-    def _run(self, plan: PlannedStep) -> dict[ImageJob, Exception]:
-        """Run the step; where it raises, run its images one by one, so that only the culprit fails."""
+    def _run(self, lane: LaneName, jobs: Sequence[ImageJob]) -> dict[ImageJob, Exception] | None:
+        """Run the step; where it raises, run its images one by one, so that only the culprit fails.
+
+        None where the device has no memory for all of them: none has moved, and fewer may fit.
+        """
         try:
-            self._runners[plan.lane].step(plan.jobs)
+            self._runners[lane].step(jobs)
         except torch.AcceleratorError:  # after it every call on the device fails: only a restart helps
             raise
+        except torch.OutOfMemoryError as error:
+            return {jobs[0]: error} if len(jobs) == 1 else None
         except Exception as error:  # whatever one image's step raises is that image's failure alone
-            if len(plan.jobs) == 1:
-                return {plan.jobs[0]: error}
-            _logger.warning("a step of %d images failed (%s); running them singly", len(plan.jobs), error)
+            if len(jobs) == 1:
+                return {jobs[0]: error}
+            _logger.warning("a step of %d images failed (%s); running them singly", len(jobs), error)
         else:
             return {}
         failures: dict[ImageJob, Exception] = {}
-        for job in plan.jobs:
-            failures |= self._run(PlannedStep(lane=plan.lane, jobs=(job,)))
+        for job in jobs:
+            failures |= self._run(lane, (job,)) or {}
         return failures
+
+    def _shrink(self, plan: PlannedStep) -> None:
+        """Go on with fewer rows a step; the images of this one take it again, not all at once."""
+        limit = self._scheduler.row_limit
+        limit.shrink(plan.num_rows)
+        # Not before: the error that said so holds what the network had made until then.
+        self._runners[plan.lane].free_memory()
+        self._metrics.out_of_memory_recoveries.labels(self.device).inc()
+        _logger.warning(
+            "no memory on %s for a step of %d rows; a step has at most %d now",
+            *(self.device, plan.num_rows, limit.value),
+        )
 
     def _postprocess(self, plan: PlannedStep, failures: Mapping[ImageJob, Exception]) -> None:
         for job, error in failures.items():
@@ -494,6 +523,11 @@ class Engine:
             self._die(error)
 
     # --- every thread ---
+
+    def _guided_steps(self, request: GenerationRequest) -> range:
+        schedule = self._runners[request.lane].pipeline.schedule
+        table = sampler_table(request.sampler, request.num_inference_steps, schedule)
+        return guided_steps(table.timesteps.tolist(), request.guidance_scale, request.guidance_interval)
 
     def _fail(self, ticket: Ticket, error: Exception, *, stage: str) -> None:
         answer = GenerationFailed(f"{stage}: failed for this request; the server's log has the reason")

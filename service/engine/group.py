@@ -186,6 +186,11 @@ class EngineGroup:
             return not self._num_moving and all(engine.idle for engine in self._engines)
 
     @property
+    def max_rows(self) -> int:
+        """Network rows of a step: of the engine with the fewest."""
+        return min(engine.max_rows for engine in self._engines)
+
+    @property
     def num_alive(self) -> int:
         """Engines that work, or can."""
         return sum(engine.alive for engine in self._engines)

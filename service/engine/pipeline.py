@@ -51,6 +51,12 @@ class ServedPipeline(Protocol):
     def num_rows(self, num_images: int, num_guided: int) -> int:
         """Rows that the network computes in a step of so many images, padding included."""
 
+    def step_bytes(self, num_images: int) -> int:
+        """Device memory that a step of so many images takes beside what is loaded; on CUDA alone."""
+
+    def decode_bytes(self, num_images: int) -> int:
+        """Device memory that decoding so many images takes; on CUDA alone."""
+
     def prepare_steps(self, *, max_images: int) -> Iterator[None]:
         """Make ready whatever the first step of up to so many images would have to make, a part at a time."""
 

@@ -59,6 +59,8 @@ class GenerationRequest:
     seed: int
     image_index: int = 0
     """Noise stream of the first image; image j of the request uses (seed, image_index + j)."""
+    guidance_interval: tuple[int, int] | None = None
+    """Least and greatest timestep with guidance; at other steps the image costs one row. None: everywhere."""
     num_images: int = 1
     priority: Priority = "normal"
     timeout_s: float | None = None
@@ -72,11 +74,6 @@ class GenerationRequest:
     def lane(self) -> LaneName:
         """What makes the images."""
         return LaneName(self.model, self.version)
-
-    @property
-    def rows_per_image(self) -> int:
-        """Network evaluations that a step of one image costs."""
-        return 1 if self.guidance_scale == 1.0 else 2
 
     def preview_index(self, steps_done: int) -> int | None:
         """Which preview, from 0, is due after so many steps; None if none is."""
@@ -110,6 +107,16 @@ class ImageJob:
         """Whether all denoising steps are done."""
         return self.step_index >= self.request.num_inference_steps
 
+    @property
+    def guided(self) -> bool:
+        """Whether its next step is one with guidance."""
+        return self.step_index in self.ticket.guided_steps
+
+    @property
+    def num_rows(self) -> int:
+        """Network evaluations that its next step costs."""
+        return 2 if self.guided else 1
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Preview:
@@ -138,9 +145,18 @@ class Ticket:
     """
 
     def __init__(
-        self, request: GenerationRequest, *, submitted_at: float, watcher: Watcher | None = None
+        self,
+        request: GenerationRequest,
+        *,
+        submitted_at: float,
+        watcher: Watcher | None = None,
+        guided_steps: range | None = None,
     ) -> None:
+        """`guided_steps`: at which its images are guided; None: at all of them, or with a scale of 1 none."""
         self.request = request
+        if guided_steps is None:
+            guided_steps = range(0 if request.guidance_scale == 1.0 else request.num_inference_steps)
+        self.guided_steps = guided_steps
         self.watcher = watcher
         self.queue_position: int | None = None
         """While no image has started, 1 for the next request of its lane; None where nobody watches."""
@@ -202,10 +218,9 @@ class Ticket:
     @property
     def rows_left(self) -> int:
         """Network evaluations that its images still cost, about: steps and answers go on meanwhile."""
-        steps = sum(
-            self.request.num_inference_steps - job.step_index for job in self.jobs if not job.result.done()
-        )
-        return steps * self.request.rows_per_image
+        steps, guided = self.request.num_inference_steps, self.guided_steps
+        done = [job.step_index for job in self.jobs if not job.result.done()]
+        return sum(steps - index + len(guided[max(0, index - guided.start) :]) for index in done)
 
     def restart(self) -> None:
         """Have the images without an answer made from their first step, by another engine than before.

@@ -116,6 +116,11 @@ class Runner:
         (slots,) = self._int64([job.slot or 0 for job in jobs])
         return self.pipeline.preview(self._history[slots]).numpy()
 
+    def free_memory(self) -> None:
+        """Give back what torch keeps of freed memory. Captured graphs keep theirs; replays take no more."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def warm_up(self, *, decode_batch: int) -> None:
         """Run images through network and decoder, so that no request pays for what is lazy.
 
@@ -174,7 +179,7 @@ class Runner:
             [step + 1 for step in steps],
             [index for index, step in enumerate(steps) if step == 0],
             [index for index, table in enumerate(tables) if table.stochastic],
-            [index for index, request in enumerate(requests) if request.guidance_scale != 1.0],
+            [index for index, job in enumerate(jobs) if job.guided],
         )
         coefficients = [table.coefficients[step] for table, step in zip(tables, steps, strict=True)]
         scales = torch.tensor([request.guidance_scale for request in requests], dtype=torch.float32)

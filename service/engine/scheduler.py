@@ -2,13 +2,16 @@
 
     lane    one version of a model, at one resolution: only its images can share a network call
     slot    a place for one image's latents in a lane; an image holds it from its first step to its last
-    row     one network evaluation: two a step for a guided image, else one; a step has at most `max_rows`
+    row     one network evaluation: two at an image's step with guidance, else one; a step has at most
+            `max_rows`
 
 Between requests of a lane, free slots go to the one that counts as the earliest: a request counts as
 submitted `aging_s` seconds later for each priority that it is below high, so it is overtaken by those of
 the priority above that come up to `aging_s` after it, and by no others: nobody starves. Between requests of
 one priority, slots are given in turn (round robin), so that one image does not wait behind sixteen of
-another client; an image that does not fit the rows left is not overtaken by a smaller one. Between lanes,
+another client; an image that does not fit the rows left is not overtaken by a smaller one. An image that
+comes into its guidance interval needs a second row, and a device may run out of memory: where the images of
+a lane need more rows than a step has, they take turns, those that were left out first. Between lanes,
 the turn goes to the one with the least virtual time, which is device time used, with no credit for having
 been idle (start-time fair queueing, Goyal et al. 1996): n busy lanes get 1/n of the device each, whatever
 their steps cost, and a lane waits at most for a step of each other lane and its own lead, which is one step.
@@ -23,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 from service.engine.batching import CONTINUOUS
 from service.engine.request import PRIORITIES
+from service.engine.row_limit import RowLimit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -38,15 +42,16 @@ AGING_S: Final = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStep:
-    """The next step: every image of `lane` that holds a slot and is not finished."""
+    """The next step: the images of `lane` that hold a slot and are not finished, as many as a step has room
+    for.
+    """
 
     lane: LaneName
     jobs: tuple[ImageJob, ...]
-
-    @property
-    def num_rows(self) -> int:
-        """Network evaluations of the step."""
-        return sum(job.request.rows_per_image for job in self.jobs)
+    admitted: tuple[ImageJob, ...]
+    """Those of them that were given their slot just now."""
+    num_rows: int
+    """Network evaluations of the step."""
 
 
 class _Lane:
@@ -81,7 +86,21 @@ class _Lane:
 
     @property
     def num_rows(self) -> int:
-        return sum(job.request.rows_per_image for job in self.active.values())
+        return sum(job.num_rows for job in self.active.values())
+
+    def take_turn(self, max_rows: int) -> tuple[ImageJob, ...]:
+        """The unfinished images of the next step, at least one; those left out come first at the next one."""
+        unfinished = [job for job in self.active.values() if not job.finished]
+        taken: list[ImageJob] = []
+        rows_left = max_rows
+        for job in unfinished:
+            if job.num_rows <= rows_left or not taken:
+                taken.append(job)
+                rows_left -= job.num_rows
+        if len(taken) < len(unfinished):
+            for slot in [job.slot for job in taken if job.slot is not None]:
+                self.active[slot] = self.active.pop(slot)
+        return tuple(taken)
 
 
 class Scheduler:
@@ -98,6 +117,8 @@ class Scheduler:
         if max_rows < 2:
             raise ValueError(f"max_rows: {max_rows} given; a guided image needs 2 or more")
         self.max_rows = max_rows
+        self.row_limit = RowLimit(max_rows)
+        """Rows of the next step, which whoever runs the steps tells how they went."""
         self.opens_at = math.inf
         """When a lane begins the batch that the last `schedule` held back; infinity: there is none."""
         self._batching = batching
@@ -149,11 +170,10 @@ class Scheduler:
             return None
         lane = min(candidates, key=lambda candidate: candidate.virtual_time_s)
         self._virtual_time_s = lane.virtual_time_s
-        if lane.name in admitting:
-            self._fill_slots(lane)
-        return PlannedStep(
-            lane=lane.name, jobs=tuple(job for job in lane.active.values() if not job.finished)
-        )
+        admitted = self._fill_slots(lane) if lane.name in admitting else ()
+        jobs = lane.take_turn(self.row_limit.value)
+        num_rows = sum(job.num_rows for job in jobs)
+        return PlannedStep(lane=lane.name, jobs=jobs, admitted=admitted, num_rows=num_rows)
 
     def charge(self, lane: LaneName, seconds: float) -> None:
         """Book device time that a step of `lane` took."""
@@ -187,22 +207,26 @@ class Scheduler:
         """Finished images of a lane that go to the decoder now, still in their slots."""
         return self._batching.leaving(self._lanes[lane].active.values())
 
-    def _fill_slots(self, lane: _Lane) -> None:
-        rows_left = self.max_rows - lane.num_rows
+    def _fill_slots(self, lane: _Lane) -> tuple[ImageJob, ...]:
+        """The images that were given slots: they and those that had some fit the next step together."""
+        admitted: list[ImageJob] = []
+        rows_left = self.row_limit.value - lane.num_rows
         while lane.has_waiting and lane.free_slots and lane.num_active < self._batching.max_images:
             ticket = min((next(iter(queue)) for queue in lane.waiting.values() if queue), key=self._counts_as)
             queue = lane.waiting[ticket.request.priority]
             jobs = queue[ticket]
-            if jobs[0].request.rows_per_image > rows_left:
+            if jobs[0].num_rows > rows_left and lane.active:
                 break
             job = jobs.popleft()
             job.slot = lane.free_slots.pop()
             lane.active[job.slot] = job
-            rows_left -= job.request.rows_per_image
+            admitted.append(job)
+            rows_left -= job.num_rows
             if jobs:
                 queue.move_to_end(ticket)
             else:
                 del queue[ticket]
+        return tuple(admitted)
 
     def _counts_as(self, ticket: Ticket) -> float:
         """When a request counts as submitted, which needs no clock: all requests age alike."""

@@ -57,6 +57,7 @@ BATCHES = [
     pytest.param([(3, [0, 2], "ddpm"), (4, [0, 1, 2, 3], "ddpm")], id="guided-in-part-then-whole"),
     pytest.param([(2, [0, 1], "ddpm"), (1, [0], "ddpm"), (2, [1], "dpm++")], id="sizes-in-turn"),
     pytest.param([(4, [], "ddpm"), (3, [], "dpm++"), (3, [1], "ddim")], id="with-and-without-noise"),
+    pytest.param([(4, [1], "ddpm"), (3, [0, 2], "dpm++"), (4, [0, 1, 3], "ddim")], id="half-guided"),
     pytest.param([(6, [5], "dpm++")], id="more-than-captured"),
 ]
 
@@ -101,7 +102,7 @@ def test_a_size_is_captured_once_and_in_advance(
     steps(_batch(3, []))
     assert len(captured) == 5
     list(steps.capture_all(max_images=100, conditional=True))
-    assert len(captured) == 6
+    assert len(captured) == 7  # of 4 images also with guidance for half of them
 
 
 def test_a_step_that_would_be_mostly_filling_runs_uncaptured(
@@ -111,7 +112,7 @@ def test_a_step_that_would_be_mostly_filling_runs_uncaptured(
     monkeypatch.setattr(Captures, "capture", lambda self, step: captured.append(step) or step)
     monkeypatch.setattr("model.captured_steps._BUSY_ROWS", 3)
     steps = _steps(network, "cpu")
-    batch = _batch(4, [1])  # 5 rows; its graph has 8
+    batch = _batch(3, [1])  # 4 rows; its graph has 6
     torch.testing.assert_close(steps(batch), _expected(network, batch))
     assert captured == []
     steps(_batch(4, [0, 1, 2, 3]))
@@ -137,5 +138,6 @@ def test_num_rows_are_those_of_the_captured_size_or_of_the_batch() -> None:
         lambda batch: (batch.latents, batch.history), latent_shape=SHAPE, device=torch.device("cpu")
     )
     assert [steps.num_rows(images, 0) for images in (1, 5, 9, 64, 65)] == [1, 6, 12, 64, 65]
-    assert steps.num_rows(5, 1) == 12
+    assert [steps.num_rows(5, guided) for guided in (1, 3, 4)] == [9, 9, 12]
+    assert [steps.num_rows(16, guided) for guided in (8, 9)] == [24, 32]
     assert steps.num_rows(25, 25) == 50  # a graph of 32 images would cost more than its launches

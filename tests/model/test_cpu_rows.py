@@ -11,16 +11,7 @@ from torch import Tensor
 
 from model.cpu_rows import RowThreads
 from model.diffusion.step import DenoisingNetwork
-from tests.fakes import FakeNetwork
-
-
-def arguments(rows: int, side: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    return {
-        "hidden_states": torch.randn(rows, 4, side, side, generator=generator),
-        "timestep": torch.arange(rows) * 7,
-        "class_labels": torch.arange(rows) % 5,
-    }
+from tests.fakes import FakeNetwork, row_arguments
 
 
 @pytest.mark.parametrize(
@@ -35,9 +26,9 @@ def arguments(rows: int, side: int) -> dict[str, Tensor]:
 )
 def test_each_row_gets_its_own_output(rows: int, side: int, parts: int) -> None:
     network = FakeNetwork(num_classes=5)
-    expected = network(**arguments(rows, side)).sample
+    expected = network(**row_arguments(rows, side)).sample
     network.rows_of_calls.clear()
-    given = RowThreads(3).share(network)(**arguments(rows, side)).sample
+    given = RowThreads(3).share(network)(**row_arguments(rows, side)).sample
     assert len(network.rows_of_calls) == parts
     assert sum(network.rows_of_calls) == rows
     torch.testing.assert_close(given, expected, rtol=0, atol=0)
@@ -47,7 +38,7 @@ def test_what_a_part_raises_is_raised() -> None:
     network = FakeNetwork(num_classes=5)
     network.failing_label = 1
     with pytest.raises(RuntimeError, match="fails on class 1"):
-        RowThreads(2).share(network)(**arguments(4, 32))
+        RowThreads(2).share(network)(**row_arguments(4, 32))
 
 
 def test_parts_run_in_inference_mode_with_one_thread_an_operation() -> None:
@@ -63,7 +54,7 @@ def test_parts_run_in_inference_mode_with_one_thread_an_operation() -> None:
     network: DenoisingNetwork = Network()
     threads = torch.get_num_threads()
     try:
-        RowThreads(2).share(network)(**arguments(4, 32))
+        RowThreads(2).share(network)(**row_arguments(4, 32))
     finally:
         torch.set_num_threads(threads)
     assert states == [(True, 1)] * 2

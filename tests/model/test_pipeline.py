@@ -6,45 +6,25 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTPipeline
+from diffusers import DiTPipeline
+from torch import Tensor
 
+from model.diffusion.samplers import sampler_table
 from model.model_folder import read_model_index, save_model_folder
 from model.network.lamamba import LaMambaDiff
 from model.pipeline import LaMambaPipeline
 from model.pretrained import default_model_dir
-
-LABELS = ("red barn", "blue house", "green hill")
+from tests.fakes import fake_pipeline
+from tests.tiny_model import LABELS, save_tiny_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny untrained model: 16 px images, 8x8 latents under an f2 autoencoder."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("tiny")
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, **_two_levels(), latent_channels=4
-    )
-    vae.save_pretrained(root / "vae")
-    network = LaMambaDiff(sample_size=8, hidden_size=8, num_heads=2, num_classes=3)
-    for parameter in network.parameters():
-        # The zero-initialised modulations would hide the label and the timestep from the output.
-        torch.nn.init.normal_(parameter, std=0.1)
-    save_model_folder(
-        root / "model",
-        network=network,
-        autoencoder=root / "vae",
-        labels=LABELS,
-        name="tiny",
-        dtype=torch.float32,
-    )
-    return root / "model"
-
-
-def _two_levels() -> dict[str, tuple[str, ...]]:
-    return {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +108,39 @@ def test_guidance_scale_changes_the_image_and_one_turns_it_off(pipeline: LaMamba
         pipeline.generate([1], seeds=[3], num_inference_steps=3, guidance_scale=scale) for scale in (1.0, 4.0)
     ]
     assert not torch.equal(*images)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_guidance_outside_of_its_interval_is_none_and_costs_no_row(sampler: str) -> None:
+    pipeline = fake_pipeline()
+    network: Any = pipeline.network
+
+    def made(**options: Any) -> tuple[Tensor, list[int]]:
+        network.rows_of_calls.clear()
+        latents = pipeline.sample_latents(
+            [1, 2], seeds=[0, 1], num_inference_steps=10, sampler=sampler, **options
+        )
+        return latents, list(network.rows_of_calls)
+
+    plain, _ = made(guidance_scale=1.0)
+    full, rows = made(guidance_scale=3.0)
+    assert rows == [4] * 10
+    torch.testing.assert_close(made(guidance_scale=3.0, guidance_interval=(0, 999))[0], full, rtol=0, atol=0)
+    none, rows = made(guidance_scale=3.0, guidance_interval=(1, 1))  # between two steps
+    assert rows == [2] * 10
+    torch.testing.assert_close(none, plain, rtol=0, atol=0)
+    some, rows = made(guidance_scale=3.0, guidance_interval=(300, 700))
+    inside = [300 <= t <= 700 for t in sampler_table(sampler, 10, pipeline.schedule).timesteps.tolist()]
+    assert rows == [4 if guided else 2 for guided in inside]
+    assert min(float((some - other).abs().max()) for other in (plain, full)) > 1e-3
+
+
+def test_an_interval_that_the_process_has_not_is_refused_before_anything_runs() -> None:
+    pipeline = fake_pipeline()
+    network: Any = pipeline.network
+    with pytest.raises(ValueError, match="guidance_interval: 700 to 300 given"):
+        pipeline.generate([0], seeds=[0], guidance_interval=(700, 300))
+    assert network.rows_of_calls == []
 
 
 @pytest.mark.parametrize("name", ["blue house", " Blue House ", 1, "1"], ids=repr)

@@ -44,6 +44,7 @@ def alone(pipeline: LaMambaPipeline, request: GenerationRequest) -> np.ndarray:
             seeds=[request.seed],
             image_indices=[request.image_index + offset],
             guidance_scale=request.guidance_scale,
+            guidance_interval=request.guidance_interval,
             num_inference_steps=request.num_inference_steps,
             sampler=request.sampler,
         )

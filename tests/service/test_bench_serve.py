@@ -169,13 +169,15 @@ def test_a_wrong_mix_is_refused_in_one_line(tmp_path: Path, text: str, message: 
 
 def test_a_mix_is_read_from_json_as_from_yaml(tmp_path: Path) -> None:
     file = tmp_path / "mix.json"
-    file.write_text(json.dumps([{"steps": 3, "weight": 2, "class_id": "forest", "cfg_scale": 1}]))
+    fields = {"steps": 3, "class_id": "forest", "cfg_scale": 1, "guidance_interval": [0, 9]}
+    file.write_text(json.dumps([fields | {"weight": 2}]))
     (entry,) = load_mix(file)
     assert entry.body(7) == {
         "seed": 7,
         "steps": 3,
         "sampler": "dpm++",
         "cfg_scale": 1.0,
+        "guidance_interval": [0, 9],
         "class_id": "forest",
         "num_images": 1,
     }

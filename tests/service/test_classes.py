@@ -81,6 +81,7 @@ def test_a_bad_query_is_named(client: TestClient, query: dict[str, Any], message
 
 def test_one_model_is_what_the_list_has(client: TestClient) -> None:
     listed = client.get("/v1/models").json()["data"]
+    assert [model["max_rows"] for model in listed] == [8] * len(listed)
     assert [client.get(f"/v1/models/{model['id']}").json() for model in listed] == listed
     answer = client.get("/v1/models/other")
     assert answer.status_code == 404

@@ -77,7 +77,8 @@ def test_version_and_commands() -> None:
 
 def test_sample_writes_one_picture_that_says_how_it_was_made(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "one.png"
-    code, output = sample(folder, out, "--class", "Blue House", "--seed", "7", "--cfg-scale", "3")
+    guidance = ["--cfg-scale", "3", "--guidance-interval", "0", "600"]
+    code, output = sample(folder, out, "--class", "Blue House", "--seed", "7", *guidance)
     assert code == 0, output
     assert "1 of tiny, seed 7" in output
     metadata = read_metadata(out.read_bytes())
@@ -87,9 +88,12 @@ def test_sample_writes_one_picture_that_says_how_it_was_made(folder: Path, tmp_p
         "3",
         "2",
     )
+    assert metadata["cfg_interval"] == "0-600"
     assert (metadata["sampler"], len(metadata["weights"])) == ("dpm++", 12)
     pipeline = LaMambaPipeline.load(folder, device="cpu")
-    expected = pipeline.generate([1], seeds=[7], guidance_scale=3.0, num_inference_steps=2)[0].numpy()
+    expected = pipeline.generate(
+        [1], seeds=[7], guidance_scale=3.0, guidance_interval=(0, 600), num_inference_steps=2
+    )[0].numpy()
     with Image.open(out) as image:
         np.testing.assert_array_equal(np.asarray(image), expected)
 
@@ -133,6 +137,11 @@ def test_sample_writes_an_array(folder: Path, tmp_path: Path) -> None:
         pytest.param(["--class", "3"], "class_id: 3 given; this model accepts 0 to 2", id="class-id"),
         pytest.param(["--cfg-scale", "0.5"], "cfg_scale: 0.5 given; 1 to 20 is accepted", id="cfg"),
         pytest.param(["--cfg-scale", "nan"], "cfg_scale: nan given", id="cfg-nan"),
+        pytest.param(
+            ["--guidance-interval", "9", "8"],
+            "guidance_interval: 9 to 8 given; timesteps from 0 to 999, the lower one first",
+            id="interval",
+        ),
         pytest.param(["--steps", "5000"], "steps: 5000 given; tiny accepts 1 to 1000", id="steps"),
         pytest.param(
             ["--sampler", "euler"], "sampler: euler given; accepted are ddpm, ddim, dpm++", id="sampler"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.diffusion.samplers import sampler_table
 from model.pipeline import LaMambaPipeline
 from service.engine.engine import Engine
 from service.engine.request import LaneName, Ticket
@@ -61,6 +62,7 @@ def test_engine_mixed_samplers_steps_and_guidance_equal_each_image_alone(engine_
             model=("fake-16", "fake-32")[index % 2],
             class_label=index % 5,
             guidance_scale=(1.0, 1.5, 4.0, 20.0)[index % 4],
+            guidance_interval=(None, (0, 500), (300, 800), (600, 999), (1, 2))[index % 5],
             num_inference_steps=1 + index % 9,
             sampler=("ddpm", "ddim", "dpm++")[index % 3],
             seed=(0, 2**40, 2**63 - 1)[index % 3] - (index if index % 3 else 0),
@@ -72,6 +74,23 @@ def test_engine_mixed_samplers_steps_and_guidance_equal_each_image_alone(engine_
     for ticket in tickets:
         assert_equals_alone(ticket, small if ticket.request.model == "fake-16" else large)
     assert engine.wait_idle(TIMEOUT_S)
+
+
+def test_engine_a_step_outside_of_the_guidance_interval_costs_one_row(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline, start=False, max_rows=4)
+    request = replace(REQUEST, num_images=3, guidance_interval=(300, 700))
+    ticket = engine.submit(request)
+    timesteps = sampler_table("dpm++", REQUEST.num_inference_steps, pipeline.schedule).timesteps.tolist()
+    rows = [2 if 300 <= timestep <= 700 else 1 for timestep in timesteps]
+    assert engine.rows_left == 3 * sum(rows)
+    while engine.step():
+        pass
+    network: Any = pipeline.network
+    assert network.rows_of_calls[0] == 3
+    assert max(network.rows_of_calls) == 4
+    assert sum(network.rows_of_calls) == 3 * sum(rows)
+    assert all(job.finished for job in ticket.jobs)
 
 
 def test_engine_a_request_joins_the_running_batch_and_a_finished_one_leaves(engine_of: EngineFactory) -> None:
@@ -207,6 +226,67 @@ def test_engine_a_failing_request_fails_alone(engine_of: EngineFactory, fault: s
     assert engine.alive
     assert f'lamamba_failures_total{{stage="{stage}"}} 2.0'.encode() in metrics.render()
     assert_equals_alone(engine.submit(replace(REQUEST, class_label=4)), pipeline)
+
+
+def test_engine_out_of_memory_images_go_on_with_fewer_rows_a_step(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    metrics = Metrics()
+    engine = engine_of(pipeline, start=False, metrics=metrics)
+    network: Any = pipeline.network
+    network.rows_that_fit = 2
+    tickets = [
+        engine.submit(replace(REQUEST, seed=seed, num_images=1 + seed % 3, guidance_interval=interval))
+        for seed, interval in enumerate((None, (0, 500), None, (400, 999)))
+    ]
+    engine.step()
+    assert engine.num_waiting_images == 7 - 5  # five have slots, and no step behind them
+    text = metrics.render().decode()
+    assert 'lamamba_row_limit{device="cpu"} 4.0' in text
+    assert 'lamamba_out_of_memory_recoveries_total{device="cpu"} 1.0' in text
+    while engine.step():
+        pass
+    assert max(network.rows_of_calls) <= 2
+    assert engine.num_waiting_images == 0
+    text = metrics.render().decode()
+    assert 'lamamba_row_limit{device="cpu"} 2.0' in text
+    assert 'lamamba_failures_total{stage="denoise"} 0.0' in text
+    engine.start()
+    network.rows_that_fit = None
+    for ticket in tickets:
+        assert_equals_alone(ticket, pipeline)
+
+
+def test_engine_an_image_alone_out_of_memory_fails_and_others_go_on(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline)
+    network: Any = pipeline.network
+    network.rows_that_fit = 1
+    guided, plain = (
+        [engine.submit(replace(REQUEST, seed=seed, guidance_scale=scale)) for seed in range(4)]
+        for scale in (2.5, 1.0)
+    )
+    for ticket in guided:
+        with pytest.raises(GenerationFailed, match="denoise"):
+            images(ticket)
+    for ticket in plain:
+        images(ticket)
+    network.rows_that_fit = None
+    for ticket in plain:
+        assert_equals_alone(ticket, pipeline)
+    assert engine.alive
+
+
+def test_engine_the_row_limit_comes_back_once_there_is_memory(engine_of: EngineFactory) -> None:
+    metrics = Metrics()
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline, metrics=metrics)
+    network: Any = pipeline.network
+    network.rows_that_fit = 6
+    images(engine.submit(replace(REQUEST, num_images=4)))
+    assert 'lamamba_row_limit{device="cpu"} 4.0' in metrics.render().decode()
+    network.rows_that_fit = None
+    images(engine.submit(replace(REQUEST, num_inference_steps=900)))
+    assert 'lamamba_row_limit{device="cpu"} 8.0' in metrics.render().decode()
 
 
 def test_engine_a_failing_decode_fails_its_image_alone(engine_of: EngineFactory) -> None:

@@ -76,6 +76,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.unseen_images = 0
         """Images submitted since the engine last looked into its inbox."""
         self.answers: dict[ImageJob, int] = {}
+        self.image_may_not_fit = False
+        """Whether there was memory for one row alone at some time."""
 
     def pass_step_time(self) -> None:
         self.now += STEP_S
@@ -90,6 +92,7 @@ class EngineMachine(RuleBasedStateMachine):
         model=st.sampled_from(LANES),
         num_images=st.integers(1, 6),
         guidance_scale=st.sampled_from([1.0, 2.5]),
+        guidance_interval=st.none() | st.sampled_from([(0, 400), (300, 700), (600, 999)]),
         steps=st.integers(1, 6),
         sampler=st.sampled_from(["ddim", "ddpm"]),
         class_label=st.integers(0, FAULTY),
@@ -101,6 +104,7 @@ class EngineMachine(RuleBasedStateMachine):
         model: str,
         num_images: int,
         guidance_scale: float,
+        guidance_interval: tuple[int, int] | None,
         steps: int,
         sampler: str,
         class_label: int,
@@ -112,6 +116,7 @@ class EngineMachine(RuleBasedStateMachine):
             model=model,
             class_label=class_label,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             num_inference_steps=steps,
             sampler=sampler,
             seed=len(self.tickets),
@@ -157,6 +162,12 @@ class EngineMachine(RuleBasedStateMachine):
         for network in self.networks:
             network.failing_label = FAULTY if broken else None
 
+    @rule(rows=st.none() | st.integers(1, MAX_ROWS))
+    def take_or_give_memory(self, rows: int | None) -> None:
+        for network in self.networks:
+            network.rows_that_fit = rows
+        self.image_may_not_fit |= rows == 1
+
     @rule(model=st.sampled_from(LANES))
     def swap(self, model: str) -> None:
         old = LaneName(model, self.versions[model])
@@ -168,6 +179,7 @@ class EngineMachine(RuleBasedStateMachine):
         network: Any = new.network
         network.before_call = self.pass_step_time
         network.failing_label = self.networks[0].failing_label
+        network.rows_that_fit = self.networks[0].rows_that_fit
         self.networks.append(network)
         self.versions[model] += 1
         self.engine.remove_lane(old)
@@ -239,6 +251,10 @@ class EngineMachine(RuleBasedStateMachine):
             assert not lane.active or not all(job.finished for job in lane.active.values())
 
     @invariant()
+    def a_step_may_always_have_a_row(self) -> None:
+        assert 1 <= self.scheduler.row_limit.value <= MAX_ROWS
+
+    @invariant()
     def steps_keep_to_the_budget(self) -> None:
         assert all(rows <= MAX_ROWS for network in self.networks for rows in network.rows_of_calls)
 
@@ -258,7 +274,8 @@ class EngineMachine(RuleBasedStateMachine):
             for ticket in self.tickets
             if not ticket.done
         )
-        for _ in range(left + 1 + self.decoder.backlog):
+        halvings = len(LANES) * MAX_ROWS  # of the limit of rows, which may stand above what fits
+        for _ in range(left + 1 + self.decoder.backlog + halvings):
             if not self.take_step() and self.scheduler.opens_at < math.inf:
                 self.now = self.scheduler.opens_at
                 self.take_step()
@@ -316,7 +333,9 @@ class EngineMachine(RuleBasedStateMachine):
             assert ticket.deadline <= self.now
             return "late"
         if GenerationFailed in errors:
-            assert ticket.request.class_label == FAULTY
+            assert ticket.request.class_label == FAULTY or (
+                self.image_may_not_fit and ticket.request.guidance_scale > 1
+            )
             return "failed"
         assert not errors
         assert ticket.stage_seconds

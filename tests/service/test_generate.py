@@ -39,6 +39,7 @@ def alone(body: dict[str, Any], image_index: int = 0, resolution: int = 16) -> n
         seeds=[body["seed"]],
         image_indices=[image_index],
         guidance_scale=body.get("cfg_scale"),
+        guidance_interval=body.get("guidance_interval"),
         num_inference_steps=body["steps"],
         sampler=body.get("sampler", "dpm++"),
     )
@@ -93,6 +94,18 @@ def test_generate_gives_several_images_as_json_each_reproducible_alone(client: T
     again = post(client, body | {"num_images": 1, "image_index": 2}, Accept="image/png")
     assert np.abs(pixels(again.content) - alone(body, 2)).max() <= 1
     assert again.headers["x-lamamba-image-index"] == "2"
+
+
+def test_generate_guides_within_the_interval_alone(client: TestClient) -> None:
+    body = BODY | {"cfg_scale": 6.0, "steps": 8, "guidance_interval": [200, 700]}
+    answer = post(client, body, **PNG)
+    made = pixels(answer.content)
+    assert np.abs(made - alone(body)).max() <= 1
+    assert np.abs(made - alone(body | {"guidance_interval": None})).max() > 1
+    assert answer.headers["x-lamamba-guidance-interval"] == "200-700"
+    assert read_metadata(answer.content)["cfg_interval"] == "200-700"
+    assert post(client, body).json()["guidance_interval"] == [200, 700]
+    assert post(client, BODY).json()["guidance_interval"] is None
 
 
 def test_generate_without_a_seed_draws_and_reports_one(client: TestClient) -> None:
@@ -161,6 +174,16 @@ BAD_FIELDS = [
     pytest.param(
         {"cfg_scale": "2"}, "cfg_scale", '"2" given; this model accepts a number, 1 to 20', id="cfg-text"
     ),
+    pytest.param(
+        {"guidance_interval": [700, 200]},
+        "guidance_interval",
+        "[700, 200] given; this model accepts two timesteps from 0 to 999, the lower one first",
+        id="interval-reversed",
+    ),
+    pytest.param({"guidance_interval": [0, 1000]}, "guidance_interval", "0 to 999", id="interval-beyond"),
+    pytest.param({"guidance_interval": [5]}, "guidance_interval", "[5] given", id="interval-short"),
+    pytest.param({"guidance_interval": [0.1, 0.5]}, "guidance_interval", "0.1 given", id="interval-fraction"),
+    pytest.param({"guidance_interval": "all"}, "guidance_interval", '"all" given', id="interval-text"),
     pytest.param({"steps": 0}, "steps", "0 given; this model accepts 1 to 1000", id="steps-zero"),
     pytest.param({"steps": 5000}, "steps", "5000 given; this model accepts 1 to 1000", id="steps-many"),
     pytest.param(
@@ -299,7 +322,8 @@ def test_generate_unconditional_model_takes_no_class_and_no_guidance(client_of: 
     client = client_of(fake_pipeline("plain", num_classes=0))
     answer = post(client, {"steps": 2, "seed": 1}).json()
     assert (answer["class_id"], answer["class_label"], answer["cfg_scale"]) == (None, None, 1.0)
-    for change, field in (({"class_id": 0}, "class_id"), ({"cfg_scale": 2.0}, "cfg_scale")):
+    for change in ({"class_id": 0}, {"cfg_scale": 2.0}, {"guidance_interval": [0, 999]}):
+        (field,) = change
         refusal = post(client, {"steps": 2} | change)
         assert refusal.status_code == 422
         assert refusal.json()["error"]["field"] == field

@@ -101,7 +101,14 @@ def test_fields_mean_what_openais_do(
 
 
 def test_our_own_fields_are_generates(client: TestClient) -> None:
-    fields = {"cfg_scale": 4.0, "steps": 3, "sampler": "ddpm", "seed": 5, "image_index": 7}
+    fields: dict[str, Any] = {
+        "cfg_scale": 4.0,
+        "guidance_interval": [300, 999],
+        "steps": 3,
+        "sampler": "ddpm",
+        "seed": 5,
+        "image_index": 7,
+    }
     answer = client.post(PATH, json={"prompt": 1} | fields).json()
     same = client.post("/generate", json={"class_id": 1} | fields).json()
     assert answer["data"][0]["b64_json"] == same["images"][0]["b64_json"]
@@ -265,6 +272,7 @@ BAD_FIELDS = [
     pytest.param({"style": "vivid"}, "style", '"vivid" given; this model accepts natural', id="style"),
     pytest.param({"steps": 5000}, "steps", "5000 given; this model accepts 1 to 1000", id="steps"),
     pytest.param({"cfg_scale": 0.5}, "cfg_scale", "0.5 given; this model accepts 1 to 20", id="cfg"),
+    pytest.param({"guidance_interval": [9, 8]}, "guidance_interval", "[9, 8] given", id="interval"),
     pytest.param({"cfg_scale": "2"}, "cfg_scale", "accepts a number, 1 to 20", id="cfg-text"),
     pytest.param({"sampler": "euler"}, "sampler", "accepts ddpm, ddim or dpm++", id="sampler"),
     pytest.param({"seed": -1}, "seed", "-1 given; this model accepts 0 to", id="seed"),

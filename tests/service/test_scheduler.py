@@ -20,6 +20,7 @@ def ticket(
     steps: int = 4,
     priority: Priority = "normal",
     at: float = 0.0,
+    guided_steps: range | None = None,
 ) -> Ticket:
     return Ticket(
         GenerationRequest(
@@ -34,6 +35,7 @@ def ticket(
             priority=priority,
         ),
         submitted_at=at,
+        guided_steps=guided_steps,
     )
 
 
@@ -73,6 +75,32 @@ def test_schedule_does_not_let_a_small_image_overtake_one_that_does_not_fit() ->
         [large, small],
         [large, small],
     ]
+
+
+def test_schedule_an_image_outside_of_its_guidance_interval_takes_one_row() -> None:
+    scheduler = Scheduler([A], max_rows=4)
+    waiting = ticket(num_images=4, steps=3, guided_steps=range(1, 2))
+    scheduler.add(waiting)
+    assert waiting.rows_left == 4 * (1 + 2 + 1)
+    rows = [(plan.num_rows, len(plan.jobs)) for plan in iter(lambda: run(scheduler), None)]
+    assert rows[0] == (4, 4)
+    assert sum(num_rows for num_rows, _ in rows) == 4 * (1 + 2 + 1)
+    assert sum(num_images for _, num_images in rows) == 4 * 3
+    assert len(rows) == 4  # none of them a row short
+
+
+def test_schedule_images_that_do_not_fit_a_step_together_take_turns() -> None:
+    """All come into their intervals at once: each is left out no more often than it must be."""
+    scheduler = Scheduler([A], max_rows=4)
+    crowd = ticket(num_images=4, steps=9, guided_steps=range(1, 9))
+    scheduler.add(crowd)
+    run(scheduler)
+    for _ in range(8):
+        plan = run(scheduler)
+        assert plan is not None
+        assert (plan.num_rows, plan.admitted) == (4, ())
+        done = [job.step_index for job in crowd.jobs]
+        assert max(done) - min(done) <= 1
 
 
 def test_schedule_gives_slots_to_requests_in_turn() -> None:
@@ -232,6 +260,7 @@ def test_random_traffic_leaks_no_slot_and_finishes_every_request(seed: int) -> N
                     steps=rng.randint(1, 5),
                     priority=rng.choice(PRIORITIES),
                     at=float(step),
+                    guided_steps=rng.choice((None, range(0), range(1, 3), range(2))),
                 )
             )
             scheduler.add(tickets[-1])

@@ -68,6 +68,11 @@ def test_load_settings_names_variable_and_value_of_a_wrong_one(
     assert "\n" not in str(refusal.value)
 
 
+def test_settings_deterministic_steps_are_not_compiled() -> None:
+    with pytest.raises(StartupError, match=r"^deterministic: true given; compile is true"):
+        load_settings(compile=True, deterministic=True)
+
+
 def test_load_settings_names_a_wrong_option_by_its_own_name() -> None:
     with pytest.raises(StartupError, match=r"^port: -1 given"):
         load_settings(port=-1)
