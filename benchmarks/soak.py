@@ -240,7 +240,7 @@ async def soak(server: Server, requests: Sequence[SoakRequest], restarts: int) -
     """All requests, `CONCURRENCY` at a time, with `restarts` of the server in between."""
     waiting = iter(requests)
     endings: list[Ending] = []
-    restart_at = [len(requests) * (number + 1) // (restarts + 1) for number in range(restarts)]
+    restarts_due = [asyncio.Event() for _ in range(restarts)]
     settled_after = max(1, int(len(requests) * SETTLED))
     in_life = 0
     limits = httpx.Limits(max_connections=None)
@@ -250,15 +250,16 @@ async def soak(server: Server, requests: Sequence[SoakRequest], restarts: int) -
             nonlocal in_life
             for request in waiting:
                 endings.append(await send(client, server.url, request))
+                for due in restarts_due[: len(endings) * (restarts + 1) // len(requests)]:
+                    due.set()
                 in_life += 1
                 if in_life >= settled_after and server.life["settled_rss_bytes"] is None:
                     server.life["settled_rss_bytes"] = server.rss_bytes()
 
         async def restart_in_turn() -> None:
             nonlocal in_life
-            for number in restart_at:
-                while len(endings) < number:
-                    await asyncio.sleep(RETRY_S)
+            for due in restarts_due:
+                await due.wait()
                 await asyncio.to_thread(server.end)
                 server.start()
                 in_life = 0
@@ -319,7 +320,7 @@ def faults_of(endings: Sequence[Ending], logged: Sequence[tuple[str, int]]) -> l
         elif ending.answered_id != ending.tried[-1]:
             faults.append(f"{request.kind} {request.index}: answered under {ending.answered_id}")
     times = Counter(request_id for request_id, _ in logged)
-    faults += [f"{request_id}: {count} answers in the log" for request_id, count in times.items() if count > 1]
+    faults += [f"{request_id}: {n} answers in the log" for request_id, n in times.items() if n > 1]
     received = {ending.answered_id for ending in endings if ending.status}
     left = {ending.tried[-1] for ending in endings if ending.left}
     for request_id, status in logged:

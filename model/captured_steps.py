@@ -9,7 +9,7 @@ guided images, and copied out; rows that fill it up change nothing in the others
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 
@@ -79,8 +79,9 @@ class CapturedSteps:
         return num_images + num_guided if size is None else sum(size)
 
     @torch.inference_mode()
-    def capture_all(self, *, max_images: int, conditional: bool) -> None:
+    def capture_all(self, *, max_images: int, conditional: bool) -> Iterator[None]:
         """Capture every size up to the one that holds `max_images`, largest first: they share its memory.
+        Each `next` captures one.
 
         `conditional`: also with guidance, which an unconditional model does not have.
         """
@@ -88,6 +89,7 @@ class CapturedSteps:
         for size in (*self._sizes[len(smaller) : len(smaller) + 1], *reversed(smaller)):
             for num_guided in _guided_sizes(size) if conditional else (0,):
                 self._captured_step((size, num_guided))
+                yield
 
     def _size(self, num_images: int, num_guided: int) -> _Size | None:
         """That of the captured step that runs a batch; None where it runs uncaptured."""

@@ -45,6 +45,7 @@ __all__ = [
     "load_network",
     "local_folder",
     "moved_network",
+    "own_weights",
     "read_model_index",
     "save_model_folder",
     "weights_hash",
@@ -196,6 +197,12 @@ def moved_network(network: LaMambaDiff, **where: Any) -> LaMambaDiff:
     """
     nn.Module.to(network, **where)
     return network
+
+
+def own_weights(module: nn.Module) -> None:
+    """Copy weights out of the file that they may be mapped from: whoever writes over it would change them."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def weights_hash(folder: Path) -> str:

@@ -7,7 +7,7 @@ they make the same images. What is in a model's folder is `model_folder`'s to kn
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from model.model_folder import (
     load_network,
     local_folder,
     moved_network,
+    own_weights,
     read_model_index,
     weights_hash,
 )
@@ -120,6 +121,9 @@ class LaMambaPipeline:
         preview_map = read_preview_map(path, latent_channels=autoencoder.latent_channels)
         network = moved_network(network, device=device, dtype=dtype).eval().requires_grad_(False)
         network.use_scan_backend(backend)
+        if device.type == "cpu":  # another device has a copy
+            own_weights(network)
+            own_weights(autoencoder.module)
         graphs = cuda_graphs and device.type == "cuda"
         rows = None if fixed_rows is None else FixedRows(network, num_rows=fixed_rows, captured=graphs)
         step: StepFunction | None = None
@@ -198,10 +202,12 @@ class LaMambaPipeline:
         rows = num_images + num_guided
         return rows if self.fixed_rows is None else self.fixed_rows.num_computed(rows)
 
-    def prepare_steps(self, *, max_images: int) -> None:
-        """Make ready what `denoise_step` makes at the first step of each size, up to so many images."""
+    def prepare_steps(self, *, max_images: int) -> Iterator[None]:
+        """Make ready what `denoise_step` makes at the first step of each size, up to so many images; a size
+        at a time.
+        """
         if isinstance(self.step_function, CapturedSteps):
-            self.step_function.capture_all(max_images=max_images, conditional=self.num_classes > 0)
+            yield from self.step_function.capture_all(max_images=max_images, conditional=self.num_classes > 0)
 
     @property
     def num_classes(self) -> int:

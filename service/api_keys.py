@@ -82,6 +82,10 @@ class KeyRing:
     def __bool__(self) -> bool:
         return bool(self._hashes)
 
+    def has_any_of(self, hashes: Iterable[str]) -> bool:
+        """Whether a key of one of these hashes is accepted."""
+        return not set(hashes).isdisjoint(self._hashes.values())
+
     def name_of(self, key: str) -> str | None:
         """The name that a key goes by, or None; every hash is compared, whichever matches."""
         found = None

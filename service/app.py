@@ -12,6 +12,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from service.api import classes, generate, health, images, models
+from service.api.admin import admin_router
 from service.api.authentication import AuthenticationMiddleware
 from service.api.body_limit import BodyLimitMiddleware
 from service.api.generate import FACT_HEADERS
@@ -20,7 +21,7 @@ from service.api.openai import OpenAIErrorBody
 from service.api.page import add_page
 from service.api.request_context import RequestContextMiddleware
 from service.api.schemas import ErrorBody
-from service.api_keys import KeyRing, read_key_file
+from service.api_keys import KeyRing, parse_key_hashes, read_key_file
 from service.errors import StartupError
 from service.idempotency import REPLAYED_HEADER
 from service.runtime import Runtime
@@ -103,6 +104,8 @@ def create_app(
             responses={401: _unauthorized(resource)} if keys else None,
         )
     app.include_router(health.router)
+    if settings.admin_key:
+        app.include_router(admin_router(_admin_key_ring(settings, keys)))
     add_page(app)
     return app
 
@@ -115,6 +118,14 @@ def _key_ring(settings: Settings) -> KeyRing:
         if twice := sorted(hashes.keys() & further.keys()):
             raise StartupError(f"api_keys_file: the name {twice[0]} is in LAMAMBA_API_KEYS too")
         hashes = hashes | further
+    return KeyRing(hashes)
+
+
+def _admin_key_ring(settings: Settings, api_keys: KeyRing) -> KeyRing:
+    """The admin key. Raises StartupError for one that clients have too."""
+    hashes = parse_key_hashes([settings.admin_key])
+    if api_keys.has_any_of(hashes.values()):
+        raise StartupError("admin_key: a value that is not shown given; it is the key of a client too")
     return KeyRing(hashes)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from model.diffusion.samplers import SAMPLERS
 from model.images import IMAGE_FORMATS
 from model.limits import DEFAULT_STEPS, GUIDANCE_SCALE_RANGE, MAX_IMAGE_INDEX, MAX_PREVIEWS, MAX_SEED
-from service.engine.request import PRIORITIES, GenerationRequest
+from service.engine.request import PRIORITIES, GenerationRequest, LaneName
 from service.errors import InvalidField, NotFound, shown
 
 if TYPE_CHECKING:
@@ -22,10 +22,22 @@ if TYPE_CHECKING:
 
     from service.api.schemas import GenerateRequest
     from service.engine.pipeline import ServedPipeline
+    from service.settings import Settings
 
-__all__ = ["Catalog", "ServedModel"]
+__all__ = ["Catalog", "ModelFacts", "ServedModel"]
 
 _RANDOM_SEEDS: Final = 2**32  # drawn seeds stay exact in every JSON reader and are short enough to type
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is said of a model in answers, which may be read long after the model has gone."""
+
+    name: str
+    resolution: int
+    labels: tuple[str, ...]
+    """Of its classes; empty for a model without."""
+    weights_hash: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +48,41 @@ class ServedModel:
     max_images_per_request: int
     max_timeout_s: float
     default_timeout_s: float | None
+    version: int = 1
+    """Counts the loads of its name in this process."""
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(cls, pipeline: ServedPipeline, settings: Settings, *, version: int = 1) -> ServedModel:
+        """A model with the limits of the settings."""
+        return cls(
+            pipeline=pipeline,
+            max_images_per_request=settings.max_images_per_request,
+            max_timeout_s=settings.max_timeout_s,
+            default_timeout_s=settings.default_timeout_s or None,
+            version=version,
+        )
 
     @property
     def name(self) -> str:
         """The model's id."""
         return self.pipeline.name
+
+    @property
+    def lane(self) -> LaneName:
+        """What makes its images."""
+        return LaneName(self.name, self.version)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What is said of the model."""
+        pipeline = self.pipeline
+        return ModelFacts(
+            name=pipeline.name,
+            resolution=pipeline.resolution,
+            labels=tuple(pipeline.labels),
+            weights_hash=pipeline.weights_hash,
+        )
 
     @property
     def max_steps(self) -> int:
@@ -108,6 +149,7 @@ class ServedModel:
             "dtype": str(pipeline.dtype).removeprefix("torch."),
             "scan_backend": pipeline.scan_backend,
             "weights_hash": pipeline.weights_hash,
+            "version": self.version,
             "limits": {
                 "cfg_scale": {
                     "minimum": self.cfg_range[0],
@@ -130,7 +172,10 @@ class ServedModel:
 
 
 class Catalog:
-    """The loaded models by name; the default is the one of the smallest resolution, of several the first."""
+    """The loaded models by name; the default is the one of the smallest resolution, of several the first.
+
+    It never changes: what is loaded and unloaded makes another one.
+    """
 
     def __init__(self, models: tuple[ServedModel, ...]) -> None:
         if not models:
@@ -140,7 +185,18 @@ class Catalog:
         self._by_name = {model.name: model for model in models}
         if len(self._by_name) != len(models):
             names = ", ".join(model.name for model in models)
-            raise ValueError(f"models: {names} given; names must differ")
+            raise ValueError(
+                f"models: {names} given; names must differ, whether they come from an index or a repository"
+            )
+
+    def with_model(self, model: ServedModel) -> Catalog:
+        """This one with a further model, or with that one in the place of its namesake."""
+        others = [model if other.name == model.name else other for other in self.models]
+        return Catalog(tuple(others if model.name in self._by_name else [*others, model]))
+
+    def without(self, name: str) -> Catalog:
+        """This one without a model, which must not be the only one."""
+        return Catalog(tuple(model for model in self.models if model.name != name))
 
     def describe(self) -> list[dict[str, Any]]:
         """All models as `/v1/models` lists them, ascending by id."""
@@ -201,6 +257,7 @@ class Catalog:
         return GenerationRequest(
             request_id=request_id,
             model=model.name,
+            version=model.version,
             class_label=_class_label(model, body.class_id),
             guidance_scale=float(cfg_scale),  # the one place where the public name becomes the mathematics'
             guidance_interval=_guidance_interval(model, body.guidance_interval),

@@ -54,6 +54,10 @@ def serve(
             "--models", help="A model folder or hub id; may be repeated. Default: the shipped models."
         ),
     ] = None,
+    model_repository: Annotated[
+        str | None,
+        typer.Option(help="A folder whose sub-folders are models; admin requests load and unload them."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
@@ -93,6 +97,7 @@ def serve(
     try:
         settings = load_settings(
             models=tuple(models) if models else None,
+            model_repository=model_repository,
             host=host,
             port=port,
             device=device,

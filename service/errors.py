@@ -8,9 +8,12 @@ ServiceError                   500 internal_error
 |   |-- NotFound               404 not_found
 |   |-- MethodNotAllowed       405 method_not_allowed
 |   |-- BodyTimeout            408 body_timeout
+|   |-- LoadInProgress         409 load_in_progress
+|   |-- LastModel              409 last_model
 |   |-- PayloadTooLarge        413 payload_too_large
 |   |-- UnsupportedMediaType   415 unsupported_media_type
 |   |-- IdempotencyKeyReused   422 idempotency_key_reused
+|   |-- UnusableModel          422 unusable_model
 |   `-- InvalidField           422 invalid_field          names field, value and what is accepted
 |       `-- UnknownField       422 unknown_field
 |-- Retryable                  503 unavailable            the same request may succeed later: Retry-After
@@ -21,6 +24,8 @@ ServiceError                   500 internal_error
 |   |-- Draining               503 draining
 |   `-- EngineStopped          503 engine_stopped
 |-- GenerationFailed           500 generation_failed      this request's work failed; others go on
+|-- ModelLoadFailed            500 model_load_failed      what was served before is served on
+|-- InsufficientMemory         507 insufficient_memory    for a further model; likewise
 `-- DeadlineExceeded           504 deadline_exceeded      not finished within its timeout_s
 
 StartupError and EngineFailure are never sent: the process ends with one line and exit code 2 or 1.
@@ -40,9 +45,13 @@ __all__ = [
     "EngineStopped",
     "GenerationFailed",
     "IdempotencyKeyReused",
+    "InsufficientMemory",
     "InvalidField",
     "InvalidJSON",
+    "LastModel",
+    "LoadInProgress",
     "MethodNotAllowed",
+    "ModelLoadFailed",
     "NotFound",
     "NotReady",
     "PayloadTooLarge",
@@ -56,6 +65,7 @@ __all__ = [
     "Unauthorized",
     "UnknownField",
     "UnsupportedMediaType",
+    "UnusableModel",
     "shown",
 ]
 
@@ -133,6 +143,20 @@ class BodyTimeout(RequestError):
     code = "body_timeout"
 
 
+class LoadInProgress(RequestError):
+    """A model is being loaded, or has two versions already: another load has to wait."""
+
+    status = 409
+    code = "load_in_progress"
+
+
+class LastModel(RequestError):
+    """A server without a model is none."""
+
+    status = 409
+    code = "last_model"
+
+
 class PayloadTooLarge(RequestError):
     """The body is over the limit, which says nothing of what is in it."""
 
@@ -152,6 +176,13 @@ class IdempotencyKeyReused(RequestError):
 
     status = 422
     code = "idempotency_key_reused"
+
+
+class UnusableModel(RequestError):
+    """The folder is no model, or one that this server cannot run; the message says why."""
+
+    status = 422
+    code = "unusable_model"
 
 
 class InvalidField(RequestError):
@@ -245,6 +276,19 @@ class GenerationFailed(ServiceError):
     """The work of one request failed on the device; its neighbours go on."""
 
     code = "generation_failed"
+
+
+class ModelLoadFailed(ServiceError):
+    """A model could not be loaded for another reason than its folder or the memory."""
+
+    code = "model_load_failed"
+
+
+class InsufficientMemory(ServiceError):
+    """The device has no room for a further model."""
+
+    status = 507
+    code = "insufficient_memory"
 
 
 class DeadlineExceeded(ServiceError):

@@ -15,7 +15,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -23,11 +24,20 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from service.errors import EngineStopped, RequestError, Retryable, ServiceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["FINISHED_REASONS", "METRICS_CONTENT_TYPE", "STAGES", "Metrics", "RateWindow", "rows_label"]
+__all__ = [
+    "FINISHED_REASONS",
+    "METRICS_CONTENT_TYPE",
+    "STAGES",
+    "MetricDefinition",
+    "Metrics",
+    "RateWindow",
+    "rows_label",
+]
 
 METRICS_CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+_NAMESPACE: Final = "lamamba"
 STAGES: Final = ("queue", "denoise", "decode", "encode")
 FINISHED_REASONS: Final = ("stop", "abort", "error", "timeout")
 """How an accepted request ends, in vLLM's words: made; its client left; failed; over its timeout_s."""
@@ -60,6 +70,17 @@ _SHARES = tuple(tenth / 10 for tenth in range(1, 11))
 def rows_label(num_rows: int) -> str:
     """The bucket of a step's rows as a label: the least power of two that holds them, or "more"."""
     return next((str(bound) for bound in _ROWS if num_rows <= bound), "more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricDefinition:
+    """What is said of a metric, on its page as in its answer."""
+
+    name: str
+    """As a query names it."""
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    text: str
 
 
 def _error_classes(kind: type[ServiceError]) -> Iterator[type[ServiceError]]:
@@ -97,6 +118,8 @@ class Metrics:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
+        self.definitions: list[MetricDefinition] = []
+        """Every metric, in the order of this file."""
         self.image_rate = RateWindow(clock=clock)
 
         self.requests = self._counter("requests", "HTTP requests answered.", "route", "status")
@@ -120,6 +143,9 @@ class Metrics:
             "source",
         )
         self.cancellations = self._counter("cancellations", "Requests whose client left before the answer.")
+        self.model_loads = self._counter(
+            "model_loads", "Loads of models while the server runs, by result: loaded or failed.", "result"
+        )
         self.failures = self._counter(
             "failures", "Requests that were accepted and failed, by stage.", "stage"
         )
@@ -169,7 +195,12 @@ class Metrics:
         self._row_limit = self._gauge(
             "row_limit", "Most rows of a step now: max_rows, or fewer after it ran out of memory.", "device"
         )
-        self._models_loaded = self._gauge("model_loaded", "1 for each model that is loaded.", "model")
+        self._models_loaded = self._gauge(
+            "model_loaded", "1 for a model that is loaded, 0 for one that has been unloaded.", "model"
+        )
+        self._model_versions = self._gauge(
+            "model_version", "Version of a loaded model: which load of its name it is.", "model"
+        )
         self._gpu_memory = self._gauge(
             "gpu_memory_bytes",
             "Memory of a GPU: allocated and reserved by this process, and total.",
@@ -177,6 +208,8 @@ class Metrics:
             "kind",
         )
         self._build = self._gauge("build_info", "1, with what this server is built of.", "version", "torch")
+        for result in ("loaded", "failed"):
+            self.model_loads.labels(result)
         # Shown from the start, with zeros: in a series that begins with its first event Prometheus sees no
         # increase.
         for kind in _error_classes(ServiceError):
@@ -217,10 +250,15 @@ class Metrics:
         for kind, read in kinds.items():
             self._gpu_memory.labels(device, kind).set_function(read)
 
-    def show_models(self, names: Iterable[str]) -> None:
-        """Say which models are loaded."""
-        for name in names:
-            self._models_loaded.labels(name).set(1)
+    def show_model(self, name: str, *, version: int) -> None:
+        """Say that a model is loaded."""
+        self._models_loaded.labels(name).set(1)
+        self._model_versions.labels(name).set(version)
+
+    def hide_model(self, name: str) -> None:
+        """Say that a model is loaded no longer."""
+        self._models_loaded.labels(name).set(0)
+        self._model_versions.remove(name)
 
     def show_build(self, *, version: str, torch: str) -> None:
         """Say which versions this server is built of."""
@@ -253,10 +291,19 @@ class Metrics:
         return (self.rejections if turned_away else self.errors).labels(kind.code)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, namespace="lamamba", registry=self.registry)
+        self._define(f"{name}_total", "counter", labels, text)
+        return Counter(name, text, labels, namespace=_NAMESPACE, registry=self.registry)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, labels, namespace="lamamba", registry=self.registry)
+        self._define(name, "gauge", labels, text)
+        return Gauge(name, text, labels, namespace=_NAMESPACE, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, text, labels, namespace="lamamba", registry=self.registry, buckets=buckets)
+        self._define(name, "histogram", labels, text)
+        return Histogram(name, text, labels, namespace=_NAMESPACE, registry=self.registry, buckets=buckets)
+
+    def _define(
+        self, name: str, kind: Literal["counter", "gauge", "histogram"], labels: tuple[str, ...], text: str
+    ) -> None:
+        full_name = f"{_NAMESPACE}_{name}"
+        self.definitions.append(MetricDefinition(name=full_name, kind=kind, labels=labels, text=text))

@@ -12,20 +12,18 @@ import logging
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from model import fixed_rows
 from model.cpu_rows import prepare_process
-from model.cpu_threads import available_cpu_threads
 from model.device import resolve_device
 from model.messages import one_line
-from model.pretrained import PRETRAINED_RESOLUTIONS, default_model_dir
 from service.catalog import Catalog, ServedModel
 from service.engine.batching import CONTINUOUS, StaticBatching
 from service.engine.decode import MAX_DECODE_BATCH
@@ -34,24 +32,26 @@ from service.engine.group import EngineGroup
 from service.engine.memory_probe import probe_max_rows
 from service.errors import Draining, EngineStopped, NotReady, StartupError
 from service.idempotency import IdempotentAnswers
-from service.logs import adopt_library_logs
 from service.metrics import Metrics
+from service.model_control import ModelControl
+from service.model_loading import DETERMINISTIC_ROWS, ModelCopies, first_sources
+from service.model_repository import ModelRepository
 from service.rate_limits import RateLimits
 from service.tracing import tracing_of_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from service.engine.batching import Batching
+    from service.engine.group import LoadCopy
     from service.engine.pipeline import ServedPipeline
+    from service.engine.request import LaneName
     from service.settings import Settings
 
 __all__ = ["Runtime", "RuntimeState"]
 
 # On a CPU a row costs the same in a batch of 8 as in one of 32, which would only make everybody wait longer.
 _MAX_ROWS_ON_CPU = 8
-# Where each step computes all of them, one image alone waits for as many.
-_MAX_ROWS_WHEN_DETERMINISTIC = 16
 
 # After a step the engine's thread waits until the one that runs Python (requests, decoder, encoders) gives
 # way, by Python's default for up to 5 ms: as long as a step of XL takes at few rows.
@@ -94,7 +94,7 @@ class Runtime:
         """Whether whoever runs the app reports a failed start, as `server.run_server` does: then it is not
         logged as well."""
         self._given = pipelines
-        self._catalog: Catalog | None = None
+        self._models: ModelControl | None = None
         self._engine: EngineGroup | None = None
         self._draining = False
 
@@ -123,11 +123,16 @@ class Runtime:
         return self._engine is None or self._engine.idle
 
     @property
+    def models(self) -> ModelControl:
+        """What changes which models are loaded. Raises NotReady while there are none."""
+        if self._models is None:
+            raise self._not_ready()
+        return self._models
+
+    @property
     def catalog(self) -> Catalog:
         """The loaded models. Raises NotReady while there are none."""
-        if self._catalog is None or self._engine is None:
-            raise self._not_ready()
-        return self._catalog
+        return self.models.catalog
 
     @property
     def max_rows(self) -> int:
@@ -171,6 +176,8 @@ class Runtime:
         self._draining = True
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
+        if self._models is not None:
+            await self._models.stop()
         self.encoders.shutdown(wait=False)
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
@@ -185,26 +192,29 @@ class Runtime:
         settings = self.settings
         prepare_process()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        devices = self._devices() if self._given is None else [self._given[0].device]
-        if settings.deterministic and devices[0].type == "cuda":
-            fixed_rows.prepare_process()
-        loaded = [self._load(device) for device in devices] if self._given is None else [self._given]
-        pipelines = loaded[0]
         try:
-            catalog = Catalog(
-                tuple(
-                    ServedModel(
-                        pipeline=pipeline,
-                        max_images_per_request=settings.max_images_per_request,
-                        max_timeout_s=settings.max_timeout_s,
-                        default_timeout_s=settings.default_timeout_s or None,
-                    )
-                    for pipeline in pipelines
-                )
-            )
+            devices = self._devices()
+            if settings.deterministic and devices[0].type == "cuda":
+                fixed_rows.prepare_process()
+            num_engines = len(devices)
+            folder = settings.model_repository
+            repository = None if folder is None else ModelRepository(folder)
+            sources = [] if self._given is not None else first_sources(settings, repository)
+            copies = [ModelCopies(source, devices, settings) for source in sources]
+            loaded = [
+                self._given or [copy.at_start(index) for copy in copies] for index in range(num_engines)
+            ]
+            catalog = Catalog(tuple(ServedModel.of(pipeline, settings) for pipeline in loaded[0]))
+            lanes = [model.lane for model in catalog.models]
             engine = EngineGroup(
-                [self._engine_of(pipelines, len(devices)) for pipelines in loaded],
-                rebuild=lambda index: self._engine_of(self._load(devices[index]), len(devices)),
+                [
+                    self._engine_of(dict(zip(lanes, pipelines, strict=True)), num_engines)
+                    for pipelines in loaded
+                ],
+                lanes=dict(zip(lanes, copies or map(_given, loaded[0]), strict=True)),
+                rebuild=lambda index, lanes: self._engine_of(
+                    {lane: load(index) for lane, load in lanes.items()}, num_engines
+                ),
                 metrics=self.metrics,
             )
         except ValueError as error:
@@ -215,11 +225,23 @@ class Runtime:
             engine.stop()
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise StartupError(f"the first image failed: {reason}") from error
-        self._show_loaded(pipelines, devices)
-        self._catalog, self._engine = catalog, engine
+        self._show_gpu_memory(devices)
+        self._models = ModelControl(
+            settings,
+            catalog,
+            engine,
+            devices=devices,
+            sources={
+                model.name: replace(source, name=model.name)
+                for model, source in zip(catalog.models, sources, strict=False)
+                if source.name is None
+            },
+            repository=repository,
+            metrics=self.metrics,
+        )
+        self._engine = engine
 
-    def _show_loaded(self, pipelines: Sequence[ServedPipeline], devices: Sequence[torch.device]) -> None:
-        self.metrics.show_models(pipeline.name for pipeline in pipelines)
+    def _show_gpu_memory(self, devices: Sequence[torch.device]) -> None:
         for device in devices:
             if device.type == "cuda":
                 total = torch.cuda.get_device_properties(device).total_memory
@@ -232,11 +254,11 @@ class Runtime:
                     },
                 )
 
-    def _engine_of(self, pipelines: Sequence[ServedPipeline], num_engines: int) -> Engine:
+    def _engine_of(self, pipelines: Mapping[LaneName, ServedPipeline], num_engines: int) -> Engine:
         settings = self.settings
-        max_rows = settings.max_rows or self._default_max_rows(pipelines)
+        max_rows = settings.max_rows or self._default_max_rows(list(pipelines.values()))
         return Engine(
-            {pipeline.name: pipeline for pipeline in pipelines},
+            pipelines,
             max_rows=max_rows,
             max_queue_images=-(-settings.max_queue_images // num_engines),
             metrics=self.metrics,
@@ -249,46 +271,18 @@ class Runtime:
         if pipelines[0].device.type != "cuda":
             return _MAX_ROWS_ON_CPU
         if self.settings.deterministic:
-            return _MAX_ROWS_WHEN_DETERMINISTIC
+            return DETERMINISTIC_ROWS
         return probe_max_rows(pipelines, decode_batch=MAX_DECODE_BATCH, captured=self.settings.cuda_graphs)
 
     def _devices(self) -> list[torch.device]:
-        try:
-            return serving_devices(self.settings.device, self.settings.gpus)
-        except ValueError as error:
-            raise StartupError(str(error)) from error
+        if self._given is not None:
+            return [self._given[0].device]
+        return serving_devices(self.settings.device, self.settings.gpus)
 
-    def _load(self, device: torch.device) -> list[ServedPipeline]:
-        # diffusers takes seconds to import: here the server answers its probes meanwhile.
-        from model.pipeline import LaMambaPipeline
 
-        adopt_library_logs()
-        settings = self.settings
-        pipelines: list[ServedPipeline] = []
-        for folder in settings.models or _default_models():
-            try:
-                pipeline = LaMambaPipeline.load(
-                    folder,
-                    device=device,
-                    dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
-                    scan_backend=settings.scan_backend,
-                    num_row_threads=settings.num_threads or available_cpu_threads(),
-                    cuda_graphs=settings.cuda_graphs,
-                    compile=settings.compile,
-                    fixed_rows=rows_of_calls(settings, device),
-                )
-            except ValueError as error:  # the pipeline's own words, which name the folder
-                raise StartupError(one_line(error)) from error
-            except Exception as error:  # whatever else a broken folder or a full device makes libraries raise
-                _logger.debug("loading %s failed", folder, exc_info=True)
-                raise StartupError(f"{folder}: {type(error).__name__}: {one_line(error)}") from error
-            _logger.info(
-                "loaded %s: %d px, %d classes, on %s in %s, scan backend %s",
-                *(pipeline.name, pipeline.resolution, pipeline.num_classes),
-                *(pipeline.device, str(pipeline.dtype).removeprefix("torch."), pipeline.scan_backend),
-            )
-            pipelines.append(pipeline)
-        return pipelines
+def _given(pipeline: ServedPipeline) -> LoadCopy:
+    """What "loads" a model that the app was handed: its one engine is never made again."""
+    return lambda index: pipeline
 
 
 def serving_devices(device: str, gpus: str) -> list[torch.device]:
@@ -306,13 +300,6 @@ def serving_devices(device: str, gpus: str) -> list[torch.device]:
     return [resolve_device(f"cuda:{index}") for index in gpus.split(",")]
 
 
-def rows_of_calls(settings: Settings, device: torch.device) -> int | None:
-    """What all calls of the network are filled up to; None where they are as large as the steps."""
-    if not settings.deterministic:
-        return None
-    return settings.max_rows or _MAX_ROWS_WHEN_DETERMINISTIC if device.type == "cuda" else 1
-
-
 def _batching(settings: Settings, max_rows: int) -> Batching:
     if settings.batching == "continuous":
         return CONTINUOUS
@@ -320,11 +307,3 @@ def _batching(settings: Settings, max_rows: int) -> Batching:
     if batch_size > max_rows:
         raise ValueError(f"batch_size: {batch_size} given; with max_rows {max_rows}, 1 to {max_rows}")
     return StaticBatching(max_images=batch_size, wait_s=settings.batch_wait_ms / 1000)
-
-
-def _default_models() -> list[Path]:
-    folders = [default_model_dir(resolution) for resolution in PRETRAINED_RESOLUTIONS]
-    shipped = [folder for folder in folders if (folder / "model_index.json").is_file()]
-    if not shipped:
-        raise StartupError("models: none given and none shipped; name one by --models or LAMAMBA_MODELS")
-    return shipped

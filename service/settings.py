@@ -27,7 +27,7 @@ ENVIRONMENT_PREFIX = "LAMAMBA_"
 _GPUS = re.compile(r"(all|\d+(,\d+)*)?")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _ORIGIN: Final = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
-_HIDDEN: Final = ("api_keys",)
+_HIDDEN: Final = ("admin_key", "api_keys")
 """Whose values no message repeats: a key may stand there by mistake."""
 
 
@@ -45,6 +45,11 @@ class Settings(BaseSettings):
     models: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Model folders or hub ids, separated by commas; empty: the shipped models."
     )
+    model_repository: Path | None = Field(
+        None,
+        description="A folder whose sub-folders are models, named as they are, all loaded at the start; "
+        "beside models, where both are given.",
+    )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     root_path: str = Field("", description="Path under which a reverse proxy serves this server.")
@@ -61,6 +66,12 @@ class Settings(BaseSettings):
     )
     api_keys_file: Path | None = Field(
         None, description="A file of further keys, one name:hash a line; # begins a comment."
+    )
+    admin_key: str = Field(
+        "",
+        repr=False,
+        description="The key that loads and unloads models, as name:hash (`lamamba api-key NAME` makes one); "
+        "empty: nobody does.",
     )
     device: str = Field("auto", description="auto (CUDA where there is a device), cpu, cuda or cuda:N.")
     gpus: str = Field(
@@ -179,6 +190,13 @@ class Settings(BaseSettings):
             return parse_key_hashes(part for part in value.split(",") if part.strip())
         if isinstance(value, dict):
             return parse_key_hashes(f"{name}:{digest}" for name, digest in value.items())
+        return value
+
+    @field_validator("admin_key")
+    @classmethod
+    def _check_admin_key(cls, value: str) -> str:
+        if value:
+            parse_key_hashes([value])
         return value
 
     @field_validator("cors_origins")

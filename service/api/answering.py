@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from model.images import ImageFormat, encode_image, image_metadata
 from service.errors import InvalidField
+from service.futures import mark_seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive
 
-    from service.catalog import ServedModel
+    from service.api.schemas import GenerateRequest
+    from service.catalog import ModelFacts
     from service.engine.group import EngineGroup
-    from service.engine.request import GenerationRequest, ImageJob, Ticket, Watcher
+    from service.engine.request import ImageJob, Ticket, Watcher
     from service.idempotency import IdempotencyKey
     from service.runtime import Runtime
     from service.tracing import RequestTrace
@@ -90,7 +92,7 @@ class Answer:
     runtime: Runtime
     engine: EngineGroup
     ticket: Ticket
-    model: ServedModel
+    model: ModelFacts
     format: ImageFormat
     quality: int
     started: float
@@ -106,7 +108,7 @@ class Answer:
     @property
     def class_label(self) -> str | None:
         """The label of the class, None for a model without classes."""
-        return self.model.pipeline.labels[self.ticket.request.class_label] if self.model.conditional else None
+        return self.model.labels[self.ticket.request.class_label] if self.model.labels else None
 
     def metadata(self, job: ImageJob) -> dict[str, str]:
         """What the image's file carries."""
@@ -119,7 +121,7 @@ class Answer:
             num_inference_steps=job.request.num_inference_steps,
             sampler=job.request.sampler,
             model=self.model.name,
-            weights_hash=self.model.pipeline.weights_hash,
+            weights_hash=self.model.weights_hash,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -127,11 +129,11 @@ class Answer:
         request = self.ticket.request
         return {
             "model": self.model.name,
-            "class_id": request.class_label if self.model.conditional else None,
+            "class_id": request.class_label if self.model.labels else None,
             "class_label": self.class_label,
             "cfg_scale": request.guidance_scale,
             "guidance_interval": request.guidance_interval,
-            "resolution": self.model.pipeline.resolution,
+            "resolution": self.model.resolution,
             "steps": request.num_inference_steps,
             "sampler": request.sampler,
             "seed": request.seed,
@@ -140,7 +142,9 @@ class Answer:
     async def image(self, job: ImageJob) -> bytes:
         """One image's file, as soon as its pixels are there."""
         # Shielded: who stops waiting closes the ticket, which the engine would not notice of a single job.
-        pixels = await asyncio.shield(asyncio.wrap_future(job.result))
+        result = asyncio.shield(asyncio.wrap_future(job.result))
+        result.add_done_callback(mark_seen)  # the images of a request fail together, and one of them is told
+        pixels = await result
         return await asyncio.get_running_loop().run_in_executor(
             self.runtime.encoders, encode_image, pixels, self.format, self.quality, self.metadata(job)
         )
@@ -174,7 +178,8 @@ def begin_trace(request: Request, runtime: Runtime, *, started: float) -> Reques
 def accept(
     runtime: Runtime,
     client: str,
-    generation: GenerationRequest,
+    body: GenerateRequest,
+    request_id: str,
     *,
     format: ImageFormat,
     quality: int,
@@ -184,8 +189,11 @@ def accept(
 ) -> Answer:
     """Hand a request to the engine; whoever gets the answer closes it.
 
-    Raises what says that the client or everybody has to wait, before any work.
+    What the request means and who makes it is settled in one go: models come and go between two turns of the
+    event loop. Raises InvalidField, or what says that the client or everybody has to wait, before any work.
     """
+    catalog = runtime.catalog
+    generation = catalog.resolve(body, request_id)
     engine = runtime.engine
     with runtime.rate_limits.spending(client, generation.num_images):
         ticket = engine.submit(generation, watcher)
@@ -193,7 +201,7 @@ def accept(
         runtime=runtime,
         engine=engine,
         ticket=ticket,
-        model=runtime.catalog.model(generation.model),
+        model=catalog.model(generation.model).facts,
         format=format,
         quality=quality,
         started=started,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from service.api_keys import KeyRing
     from service.metrics import Metrics
 
-__all__ = ["CLIENT", "AuthenticationMiddleware", "Client"]
+__all__ = ["CLIENT", "AuthenticationMiddleware", "Client", "given_key", "unauthorized"]
 
 CLIENT: Final = "client"
 """Where in a scope's state the client stands."""
@@ -32,7 +32,7 @@ CLIENT: Final = "client"
 _OPEN_PATHS: Final = frozenset(
     {"/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/metrics", "/version", "/favicon.ico"}
 )
-_OPEN_FOLDERS: Final = ("/health/", "/web/")
+_OPEN_FOLDERS: Final = ("/health/", "/web/", "/admin/")  # the last one has a key of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class AuthenticationMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        key = _given_key(Headers(scope=scope)) if self._keys else None
+        key = given_key(Headers(scope=scope)) if self._keys else None
         name = None if key is None else self._keys.name_of(key)
         scope["state"][CLIENT] = Client(key_name=name, address=_address(scope))
         if name is not None:
@@ -71,12 +71,7 @@ class AuthenticationMiddleware:
         await self._app(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, *, key_given: bool) -> None:
-        error = Unauthorized(
-            "api key: one that this server does not know given; ask its operator for one"
-            if key_given
-            else "api key: none given; this server accepts Authorization: Bearer KEY, or X-API-Key: KEY",
-            key_given=key_given,
-        )
+        error = unauthorized("api key", key_given=key_given)
         self._metrics.count_error(error)
         response = error_response(error, request_id_variable.get(), openai=speaks_openai(scope))
         await response(scope, receive, send)
@@ -86,7 +81,18 @@ def _open(path: str) -> bool:
     return path in _OPEN_PATHS or path.startswith(_OPEN_FOLDERS)
 
 
-def _given_key(headers: Headers) -> str | None:
+def unauthorized(kind: str, *, key_given: bool) -> Unauthorized:
+    """What is said to whoever has no key of a kind."""
+    return Unauthorized(
+        f"{kind}: one that this server does not know given; ask its operator for one"
+        if key_given
+        else f"{kind}: none given; this server accepts Authorization: Bearer KEY, or X-API-Key: KEY",
+        key_given=key_given,
+    )
+
+
+def given_key(headers: Headers) -> str | None:
+    """The key that a request comes with."""
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and credentials.strip():
         return credentials.strip()

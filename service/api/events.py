@@ -137,7 +137,7 @@ async def updates(
 
 
 async def _encoded(answer: Answer, preview: Preview, *, full_size: bool) -> bytes:
-    side = answer.model.pipeline.resolution if full_size else len(preview.pixels)
+    side = answer.model.resolution if full_size else len(preview.pixels)
     format, quality = (answer.format, answer.quality) if full_size else ("png", 100)
     return await asyncio.get_running_loop().run_in_executor(
         answer.runtime.encoders, encode_preview, preview.pixels, side, format, quality

@@ -84,7 +84,7 @@ async def generate(
     representation = negotiate(request.headers.get("accept", ""), body)
     accepted = partial(
         accept,
-        *(runtime, client, runtime.catalog.resolve(body, request_id)),
+        *(runtime, client, body, request_id),
         format=representation.format,
         quality=body.quality,
         started=started,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from contextlib import closing
-from functools import partial
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -25,7 +24,7 @@ from service.api.responses import AsciiJSONResponse
 from service.errors import InvalidField, ServiceError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from service.engine.request import ImageJob
 
@@ -66,20 +65,20 @@ async def generate_images(
     A failure after the first byte of a stream is an `error` event.
     """
     started = time.monotonic()
-    catalog = runtime.catalog
-    try:
-        wanted = body.as_generate_request(catalog.accepted(body.model))
-        generation = catalog.resolve(wanted, request_id)
-    except InvalidField as error:
-        raise openai_invalid_field(error, body) from error
-    accepted = partial(
-        accept,
-        *(runtime, client, generation),
-        format=wanted.format or "png",
-        quality=wanted.quality,
-        started=started,
-        trace=begin_trace(request, runtime, started=started),
-    )
+    with _in_fields_of(body):
+        wanted = body.as_generate_request(runtime.catalog.accepted(body.model))
+
+    def accepted(watcher: EventWatcher | None = None) -> Answer:
+        with _in_fields_of(body):
+            return accept(
+                *(runtime, client, wanted, request_id),
+                format=wanted.format or "png",
+                quality=wanted.quality,
+                started=started,
+                trace=begin_trace(request, runtime, started=started),
+                watcher=watcher,
+            )
+
     if body.stream:
         refuse_streamed(idempotency_key)
         watcher = EventWatcher()
@@ -91,6 +90,15 @@ async def generate_images(
             return await _response(answer)
 
     return await respond(request, runtime, make, key=idempotency_key, content=wanted)
+
+
+@contextmanager
+def _in_fields_of(body: ImagesRequest) -> Iterator[None]:
+    """Errors about a field of `/generate` as ones about the field of `body` that it came from."""
+    try:
+        yield
+    except InvalidField as error:
+        raise openai_invalid_field(error, body) from error
 
 
 async def _response(answer: Answer) -> Response:
@@ -117,7 +125,7 @@ def _image(answer: Answer, job: ImageJob, image: bytes) -> dict[str, Any]:
 
 def _common(answer: Answer) -> dict[str, Any]:
     """What OpenAI says both of an answer and of an event."""
-    side = answer.model.pipeline.resolution
+    side = answer.model.resolution
     return {
         "background": "opaque",
         "output_format": answer.format,

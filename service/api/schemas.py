@@ -13,10 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from model.images import ImageFormat
 from model.limits import MAX_IMAGE_INDEX, MAX_SEED
 from service.engine.request import Priority
+from service.model_control import ModelState
 
 __all__ = [
     "MAX_CLASSES",
     "MAX_TEXT",
+    "AdminModel",
+    "AdminModelList",
     "ClassList",
     "ClassQuery",
     "ErrorBody",
@@ -180,6 +183,32 @@ class VersionInfo(BaseModel):
     python: str
     torch: str
     models: list[ServedVersion] = Field(description="Empty until they are loaded.")
+
+
+class AdminModel(BaseModel):
+    """A model that is loaded, or could be."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    id: str
+    state: ModelState = Field(
+        description="available: could be loaded. loading: a version is being loaded, beside the one that is "
+        "served, if any. loaded: requests get it. unloading: its last images are being made."
+    )
+    version: int | None = Field(description="That new requests get: which load of this name it is, from 1.")
+    weights_hash: str | None = Field(description="Of that version.")
+    resolution: int | None = Field(description="Of that version, pixels a side.")
+    retiring: dict[int, int] = Field(
+        description="Images in the making of versions that new requests do not get, by version."
+    )
+    last_error: str | None = Field(description="Why the last load failed, if it did.")
+
+
+class AdminModelList(BaseModel):
+    """All models that are loaded or could be, ascending by id."""
+
+    object: Literal["list"] = "list"
+    data: list[AdminModel]
 
 
 class ErrorDetail(BaseModel):

@@ -19,7 +19,7 @@ import torch
 from model.device import make_current
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     import numpy as np
@@ -57,28 +57,21 @@ class _Item:
     latents: Tensor
     """(C, H, W) fp32."""
     ready: torch.cuda.Event | None
-
-    @property
-    def model(self) -> str:
-        return self.job.request.model
+    pipeline: ServedPipeline
 
 
 class Decoder:
-    """A thread that decodes what the runners finish."""
+    """A thread that decodes what the runners of one device finish; it keeps no model beyond its images."""
 
     def __init__(
-        self,
-        pipelines: Mapping[str, ServedPipeline],
-        listener: DecoderListener,
-        *,
-        max_batch: int = MAX_DECODE_BATCH,
+        self, device: torch.device, listener: DecoderListener, *, max_batch: int = MAX_DECODE_BATCH
     ) -> None:
         self.max_batch = max_batch
-        self._pipelines = pipelines
+        self._device = device
         self._listener = listener
         self._inbox: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._pending: deque[_Item] = deque()
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._stream: torch.cuda.Stream | None = None
         self._backlog = 0
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="lamamba-decoder", daemon=True)
@@ -97,7 +90,7 @@ class Decoder:
         with self._lock:
             self._backlog += len(finished.jobs)
         for job, latents in zip(finished.jobs, finished.latents, strict=True):
-            self._inbox.put(_Item(job, latents, finished.ready))
+            self._inbox.put(_Item(job, latents, finished.ready, finished.pipeline))
 
     def stop(self, timeout_s: float | None = None) -> bool:
         """End the thread once it has decoded what it was given; False if `timeout_s` was too short."""
@@ -108,16 +101,21 @@ class Decoder:
 
     def _run(self) -> None:
         failure: BaseException | None = None
-        for pipeline in self._pipelines.values():
-            make_current(pipeline.device)
+        make_current(self._device)
         try:
-            while batch := self._next_batch():
-                self._decode(batch)
+            while self._decode_next():
+                pass
         except BaseException as error:  # the listener answers whoever still waits, and the log has the trace
             _logger.exception("the decoder has failed")
             failure = error
         finally:
             self._listener.decoder_stopped(failure)
+
+    def _decode_next(self) -> bool:
+        """Decode the next batch, which is forgotten with its model; False when the thread is to end."""
+        batch = self._next_batch()
+        self._decode(batch)
+        return bool(batch)
 
     def _next_batch(self) -> list[_Item]:
         """The next images of one model, in order of arrival; none when the thread is to end."""
@@ -129,7 +127,7 @@ class Decoder:
             self._pending.append(item)
         batch: list[_Item] = []
         while self._pending and len(batch) < self.max_batch:
-            if batch and self._pending[0].model != batch[0].model:
+            if batch and self._pending[0].pipeline is not batch[0].pipeline:
                 break
             batch.append(self._pending.popleft())
         return batch
@@ -143,8 +141,8 @@ class Decoder:
                 wanted.append(item)
         if not wanted:
             return
-        pipeline = self._pipelines[wanted[0].model]
-        with torch.inference_mode(), self._own_stream(pipeline.device, wanted):
+        pipeline = wanted[0].pipeline
+        with torch.inference_mode(), self._own_stream(wanted):
             latents = torch.stack([item.latents for item in wanted])  # (n, C, H, W)
             finite = torch.isfinite(latents).flatten(1).all(1).tolist()
             for item, is_finite in zip(wanted, finite, strict=True):
@@ -177,12 +175,12 @@ class Decoder:
         with self._lock:
             self._backlog -= 1
 
-    def _own_stream(self, device: torch.device, items: Sequence[_Item]) -> AbstractContextManager[object]:
+    def _own_stream(self, items: Sequence[_Item]) -> AbstractContextManager[object]:
         events = [item.ready for item in items if item.ready is not None]
         if not events:
             return nullcontext()
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
         for event in events:
-            self._streams[device].wait_event(event)
-        return torch.cuda.stream(self._streams[device])
+            self._stream.wait_event(event)
+        return torch.cuda.stream(self._stream)

@@ -18,7 +18,8 @@ import math
 import queue
 import threading
 import time
-from concurrent.futures import InvalidStateError
+from collections import deque
+from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,13 +36,14 @@ from service.engine.scheduler import AGING_S, PlannedStep, Scheduler
 from service.errors import DeadlineExceeded, Draining, EngineStopped, GenerationFailed, QueueFull
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from service.engine.batching import Batching
     from service.engine.pipeline import ServedPipeline
+    from service.engine.request import LaneName
     from service.metrics import Metrics
 
 __all__ = ["Engine"]
@@ -57,7 +59,7 @@ class Engine:
 
     def __init__(
         self,
-        pipelines: Mapping[str, ServedPipeline],
+        pipelines: Mapping[LaneName, ServedPipeline],
         *,
         max_rows: int,
         max_queue_images: int,
@@ -69,9 +71,8 @@ class Engine:
         self.device = next(iter(pipelines.values())).device
         self.max_rows = max_rows
         self._scheduler = Scheduler(pipelines, max_rows=max_rows, aging_s=priority_aging_s, batching=batching)
-        self._pipelines = pipelines
-        self._runners = {name: Runner(pipeline, num_slots=max_rows) for name, pipeline in pipelines.items()}
-        self._decoder = Decoder(pipelines, self)
+        self._runners = {lane: Runner(pipeline, num_slots=max_rows) for lane, pipeline in pipelines.items()}
+        self._decoder = Decoder(self.device, self)
         self._max_decode_backlog = max_rows
         self.max_queue_images = max_queue_images
         self._metrics = metrics
@@ -80,6 +81,8 @@ class Engine:
         self._timed: set[Ticket] = set()  # with a deadline; like the scheduler, the engine's thread's own
         self._next_deadline = math.inf  # of those, or earlier, where one has been closed since
         self._watched: set[Ticket] = set()  # with a watcher and no image started; the engine's thread's too
+        self._warm_ups: deque[tuple[Iterator[None], Future[None]]] = deque()  # of lanes to come; likewise
+        self._retired: set[LaneName] = set()  # lanes to go when their last image has; likewise
 
         self.on_death: Callable[[], None] | None = None
         """Called once, in a thread of the engine, when it has died: whoever sets it calls `evacuate` for the
@@ -92,7 +95,8 @@ class Engine:
         self._draining = False
         self._failure: BaseException | None = None
 
-        self._changed = threading.Condition()  # guards the next two
+        self._changed = threading.Condition()  # guards the next three
+        self._joining: set[Future[None]] = set()  # of lanes to come
         self._tickets: set[Ticket] = set()
         self._num_waiting_images = 0
         metrics.read_load(
@@ -150,6 +154,30 @@ class Engine:
             self._check_alive()
             self._enqueue(ticket)
 
+    def add_lane(self, lane: LaneName, pipeline: ServedPipeline) -> Future[None]:
+        """Make images with a further model, once it has run: its warm-up takes turns with the others' steps.
+
+        The future's error is what the warm-up has raised, or says why the engine has ended; then the engine
+        keeps nothing of the model. Raises EngineStopped.
+        """
+        joined: Future[None] = Future()
+        with self._changed:
+            self._check_alive()
+            self._joining.add(joined)
+        self._inbox.put(lambda: self._warm_ups.append((self._warm_up(lane, pipeline), joined)))
+        return joined
+
+    def remove_lane(self, lane: LaneName) -> None:
+        """Forget a model when its accepted images have left it; to be called once no more of them come.
+
+        Nothing happens for one that is not there.
+        """
+        self._inbox.put(partial(self._retired.add, lane))
+
+    def serves(self, lane: LaneName) -> bool:
+        """Whether requests for that lane can be made here."""
+        return lane in self._runners
+
     def evacuate(self, timeout_s: float) -> list[Ticket]:
         """Of an engine that has died: the requests that wait for an answer, for another to adopt.
 
@@ -187,6 +215,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
         self._fail_all(Draining("this server has shut down before the request was finished"))
+        self._fail_joining(Draining("this server has shut down before the model was warm"))
         self._decoder.stop()
 
     @property
@@ -228,14 +257,15 @@ class Engine:
     # --- the engine's thread ---
 
     def step(self) -> bool:
-        """Run one denoising step of one lane; False when there was nothing to do."""
+        """Run one denoising step of one lane, then part of a warm-up; False when there was nothing to do."""
         self._receive()
         self._expire()
         for lane in self._runners:  # those that only waited for an image that has been given up
             self._hand_over(lane)
+        self._forget_lanes()
         plan = self._scheduler.schedule(self._clock(), admit=self._decoder.backlog < self._max_decode_backlog)
         if plan is None:
-            return False
+            return self._warm_up_further()
         self._note_start(plan)
         started = self._clock()
         failures = self._run(plan.lane, plan.jobs)
@@ -249,13 +279,13 @@ class Engine:
         self._postprocess(plan, failures)
         self._report_steps(plan)
         self._report_queue()
+        self._warm_up_further()
         return True
 
     def _run_forever(self) -> None:
         try:
             make_current(self.device)
-            for runner in self._runners.values():
-                runner.warm_up(decode_batch=self._decoder.max_batch)
+            self._warm_up_all()
             self._warm.set()
             while not self._stopping:
                 if not self.step():
@@ -264,6 +294,48 @@ class Engine:
             self._die(error)
         finally:
             self._warm.set()
+
+    def _warm_up_all(self) -> None:
+        for runner in self._runners.values():
+            runner.warm_up(decode_batch=self._decoder.max_batch)
+
+    def _warm_up(self, lane: LaneName, pipeline: ServedPipeline) -> Iterator[None]:
+        """Warm a lane up, a part each `next`; it is served from the end on."""
+        runner = Runner(pipeline, num_slots=self._scheduler.max_rows)
+        yield from runner.warm_up_in_parts(decode_batch=self._decoder.max_batch)
+        self._scheduler.add_lane(lane)
+        self._runners[lane] = runner
+
+    def _warm_up_further(self) -> bool:
+        """A part of the warm-up of the next lane to come; False where none is to come."""
+        if not self._warm_ups:
+            return False
+        parts, joined = self._warm_ups[0]
+        try:
+            next(parts)
+        except torch.AcceleratorError:
+            raise
+        except StopIteration:
+            self._settle(joined, None)
+        except Exception as error:  # whatever a broken model or a full device makes libraries raise
+            self._settle(joined, error)
+        return True
+
+    def _settle(self, joined: Future[None], error: Exception | None) -> None:
+        self._warm_ups.popleft()
+        with self._changed:
+            self._joining.discard(joined)
+        with contextlib.suppress(InvalidStateError):  # the decoder has died meanwhile, and failed it
+            if error is None:
+                joined.set_result(None)
+            else:
+                joined.set_exception(error)
+
+    def _forget_lanes(self) -> None:
+        """Let the models go that are served no longer and have made their last image."""
+        for lane in [lane for lane in self._retired if self._scheduler.remove_lane(lane)]:
+            self._retired.discard(lane)
+            self._runners.pop(lane, None)
 
     def _receive(self) -> None:
         while not self._inbox.empty():
@@ -312,11 +384,6 @@ class Engine:
             self._close(ticket)
         self._drop(ticket)
 
-    def _guided_steps(self, request: GenerationRequest) -> range:
-        schedule = self._pipelines[request.model].schedule
-        table = sampler_table(request.sampler, request.num_inference_steps, schedule)
-        return guided_steps(table.timesteps.tolist(), request.guidance_scale, request.guidance_interval)
-
     def _note_start(self, plan: PlannedStep) -> None:
         self._leave_queue(len(plan.admitted))
         for job in plan.admitted:
@@ -326,7 +393,7 @@ class Engine:
                 self._metrics.request_queue_time.observe(ticket.started_at - ticket.submitted_at)
                 self._watched.discard(ticket)
 
-    def _run(self, lane: str, jobs: Sequence[ImageJob]) -> dict[ImageJob, Exception] | None:
+    def _run(self, lane: LaneName, jobs: Sequence[ImageJob]) -> dict[ImageJob, Exception] | None:
         """Run the step; where it raises, run its images one by one, so that only the culprit fails.
 
         None where the device has no memory for all of them: none has moved, and fewer may fit.
@@ -369,7 +436,7 @@ class Engine:
                 job.step_index += 1
         self._hand_over(plan.lane)
 
-    def _hand_over(self, lane: str) -> None:
+    def _hand_over(self, lane: LaneName) -> None:
         """Give the finished images that leave the lane to the decoder."""
         leaving = self._scheduler.leaving(lane)
         if leaving:
@@ -393,7 +460,7 @@ class Engine:
             if ticket.watcher is not None:
                 ticket.watcher.changed(new)
 
-    def _previews(self, lane: str, jobs: Sequence[ImageJob]) -> list[Preview]:
+    def _previews(self, lane: LaneName, jobs: Sequence[ImageJob]) -> list[Preview]:
         """The previews that are due; an image that is finished, or has failed, has given its slot back."""
         due = {
             job: index
@@ -415,7 +482,7 @@ class Engine:
         ]
 
     def _report_queue(self) -> None:
-        for lane in {ticket.request.model for ticket in self._watched}:
+        for lane in {ticket.request.lane for ticket in self._watched}:
             for position, ticket in enumerate(self._scheduler.queue(lane), start=1):
                 if ticket in self._watched and ticket.queue_position != position:
                     ticket.queue_position = position
@@ -457,6 +524,11 @@ class Engine:
 
     # --- every thread ---
 
+    def _guided_steps(self, request: GenerationRequest) -> range:
+        schedule = self._runners[request.lane].pipeline.schedule
+        table = sampler_table(request.sampler, request.num_inference_steps, schedule)
+        return guided_steps(table.timesteps.tolist(), request.guidance_scale, request.guidance_interval)
+
     def _fail(self, ticket: Ticket, error: Exception, *, stage: str) -> None:
         answer = GenerationFailed(f"{stage}: failed for this request; the server's log has the reason")
         if not ticket.fail(answer):  # answered already, maybe by another thread in this moment
@@ -480,6 +552,7 @@ class Engine:
             first, self._failure = self._failure is None, error
         self._stopping = True
         self._inbox.put(_nothing)
+        self._fail_joining(EngineStopped(_STOPPED))
         if self.on_death is None:
             self._fail_all(EngineStopped(_STOPPED))
         elif first:
@@ -500,6 +573,13 @@ class Engine:
             if ticket.fail(error):
                 self._metrics.request_success.labels("error").inc()
 
+    def _fail_joining(self, error: Exception) -> None:
+        with self._changed:
+            joining, self._joining = self._joining, set()
+        for joined in joining:
+            with contextlib.suppress(InvalidStateError):  # warm in this moment
+                joined.set_exception(error)
+
     def _take_tickets(self) -> set[Ticket]:
         """All requests without an answer, for which this engine answers no longer."""
         with self._changed:
@@ -517,7 +597,7 @@ class Engine:
         self._metrics.count_step(
             seconds=seconds,
             rows=rows,
-            computed_rows=self._pipelines[plan.lane].num_rows(num_images, rows - num_images),
+            computed_rows=self._runners[plan.lane].pipeline.num_rows(num_images, rows - num_images),
             max_rows=self._scheduler.max_rows,
         )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from model.diffusion.schedule import NoiseSchedule
@@ -55,8 +57,8 @@ class ServedPipeline(Protocol):
     def decode_bytes(self, num_images: int) -> int:
         """Device memory that decoding so many images takes; on CUDA alone."""
 
-    def prepare_steps(self, *, max_images: int) -> None:
-        """Make ready whatever the first step of up to so many images would have to make."""
+    def prepare_steps(self, *, max_images: int) -> Iterator[None]:
+        """Make ready whatever the first step of up to so many images would have to make, a part at a time."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, C, H, W) fp32 to pixels (n, height, width, 3) uint8 on the CPU."""

@@ -15,7 +15,7 @@ import contextlib
 import math
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,10 +23,26 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["PRIORITIES", "GenerationRequest", "ImageJob", "Preview", "Priority", "Ticket", "Watcher"]
+__all__ = [
+    "PRIORITIES",
+    "GenerationRequest",
+    "ImageJob",
+    "LaneName",
+    "Preview",
+    "Priority",
+    "Ticket",
+    "Watcher",
+]
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: Final[tuple[Priority, ...]] = ("high", "normal", "low")
+
+
+class LaneName(NamedTuple):
+    """A lane makes the images of one version of one model: two versions have nothing in common but a name."""
+
+    model: str
+    version: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +67,13 @@ class GenerationRequest:
     """Seconds from submission after which the request is given up; None: it has as long as it takes."""
     num_previews: int = 0
     """Previews of each image, spread evenly over its steps; at most one a step but the last."""
+    version: int = 1
+    """Of the model: which of its loads."""
+
+    @property
+    def lane(self) -> LaneName:
+        """What makes the images."""
+        return LaneName(self.model, self.version)
 
     def preview_index(self, steps_done: int) -> int | None:
         """Which preview, from 0, is due after so many steps; None if none is."""

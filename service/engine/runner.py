@@ -18,7 +18,7 @@ from model.diffusion.samplers import SamplerTable, sampler_table
 from model.diffusion.step import StepBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -35,6 +35,8 @@ class FinishedLatents:
     """Denoised images on their way to the decoder."""
 
     jobs: tuple[ImageJob, ...]
+    pipeline: ServedPipeline
+    """What decodes them; with the last image of a model that is served no longer, it goes."""
     latents: Tensor
     """(n, C, H, W) fp32."""
     ready: torch.cuda.Event | None
@@ -67,7 +69,8 @@ class Runner:
     """The slots of one model; used by the engine's thread alone."""
 
     def __init__(self, pipeline: ServedPipeline, *, num_slots: int) -> None:
-        self._pipeline = pipeline
+        self.pipeline = pipeline
+        """The model."""
         self._device = pipeline.device
         shape = (num_slots, *pipeline.latent_shape)
         with torch.inference_mode():
@@ -93,7 +96,7 @@ class Runner:
             guided=numbers.guided,
             noise=self._step_noise(numbers, latents),
         )
-        latents, history = self._pipeline.denoise_step(batch)
+        latents, history = self.pipeline.denoise_step(batch)
         self._latents[slots] = latents
         self._history[slots] = history
         self._wait_for_step()
@@ -103,20 +106,21 @@ class Runner:
         """The latents of finished images, copied, so that their slots are free at once."""
         (slots,) = self._int64([job.slot or 0 for job in jobs])
         latents = self._latents[slots]  # (n, C, H, W)
-        return FinishedLatents(jobs=tuple(jobs), latents=latents, ready=self._record_event())
+        return FinishedLatents(
+            jobs=tuple(jobs), pipeline=self.pipeline, latents=latents, ready=self._record_event()
+        )
 
     @torch.inference_mode()
     def preview(self, jobs: Sequence[ImageJob]) -> NDArray[np.uint8]:
         """Rough pictures `(n, h, w, 3)` of what the images' last step took them to become, x0."""
         (slots,) = self._int64([job.slot or 0 for job in jobs])
-        return self._pipeline.preview(self._history[slots]).numpy()
+        return self.pipeline.preview(self._history[slots]).numpy()
 
     def free_memory(self) -> None:
         """Give back what torch keeps of freed memory. Captured graphs keep theirs; replays take no more."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
     def warm_up(self, *, decode_batch: int) -> None:
         """Run images through network and decoder, so that no request pays for what is lazy.
 
@@ -124,8 +128,14 @@ class Runner:
         decoder's batches. Raises whatever that raises, and ArithmeticError for weights that give no finite
         numbers.
         """
-        pipeline = self._pipeline
-        pipeline.prepare_steps(max_images=len(self._latents))
+        for _ in self.warm_up_in_parts(decode_batch=decode_batch):
+            pass
+
+    @torch.inference_mode()
+    def warm_up_in_parts(self, *, decode_batch: int) -> Iterator[None]:
+        """As `warm_up`, a step or a captured size at a time, for a device that has other work meanwhile."""
+        pipeline = self.pipeline
+        yield from pipeline.prepare_steps(max_images=len(self._latents))
         steps = _warm_up_steps(
             len(self._latents), conditional=pipeline.num_classes > 0, all_ends=self._all_sizes
         )
@@ -133,14 +143,16 @@ class Runner:
             latents = self._warm_up_step(num_images, guided=guided)
             if not torch.isfinite(latents).all():
                 raise ArithmeticError(f"{pipeline.name} computes values that are not finite")
+            yield
         for num_images in range(1, decode_batch + 1) if self._all_sizes else (1,):
             pipeline.decode(torch.zeros((num_images, *pipeline.latent_shape), device=self._device))
+            yield
 
     def _warm_up_step(self, num_images: int, *, guided: bool) -> Tensor:
         """The latents `(num_images, C, H, W)` after a step of that many images of class 0."""
         zeros, guided_images = self._int64([0] * num_images, range(num_images) if guided else [])
-        noise = gaussian_noise(zeros, zeros, zeros, self._pipeline.latent_shape)  # (n, C, H, W)
-        table = sampler_table("ddpm", 1, self._pipeline.schedule)
+        noise = gaussian_noise(zeros, zeros, zeros, self.pipeline.latent_shape)  # (n, C, H, W)
+        table = sampler_table("ddpm", 1, self.pipeline.schedule)
         batch = StepBatch(
             latents=noise,
             history=torch.zeros_like(noise),
@@ -151,7 +163,7 @@ class Runner:
             guided=guided_images,
             noise=noise,
         )
-        latents, _ = self._pipeline.denoise_step(batch)
+        latents, _ = self.pipeline.denoise_step(batch)
         return latents
 
     def _numbers(self, jobs: Sequence[ImageJob]) -> _StepNumbers:
@@ -186,11 +198,11 @@ class Runner:
     def _noise(self, numbers: _StepNumbers, images: Tensor, draws: Tensor) -> Tensor:
         """(len(images), C, H, W), of those of the step."""
         seeds, indices = numbers.seeds[images], numbers.image_indices[images]
-        return gaussian_noise(seeds, indices, draws, self._pipeline.latent_shape)
+        return gaussian_noise(seeds, indices, draws, self.pipeline.latent_shape)
 
     def _table(self, job: ImageJob) -> SamplerTable:
         request = job.request
-        return sampler_table(request.sampler, request.num_inference_steps, self._pipeline.schedule)
+        return sampler_table(request.sampler, request.num_inference_steps, self.pipeline.schedule)
 
     def _int64(self, *lists: Sequence[int]) -> tuple[Tensor, ...]:
         """Each list as a tensor; all of them in one transfer."""

@@ -1,6 +1,6 @@
 """Which images take the next denoising step. Holds no tensor and knows neither device nor clock.
 
-    lane    one model at one resolution: only its images can share a network call
+    lane    one version of a model, at one resolution: only its images can share a network call
     slot    a place for one image's latents in a lane; an image holds it from its first step to its last
     row     one network evaluation: two at an image's step with guidance, else one; a step has at most
             `max_rows`
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from service.engine.batching import Batching
-    from service.engine.request import ImageJob, Ticket
+    from service.engine.request import ImageJob, LaneName, Ticket
 
 __all__ = ["AGING_S", "PlannedStep", "Scheduler"]
 
@@ -46,7 +46,7 @@ class PlannedStep:
     for.
     """
 
-    lane: str
+    lane: LaneName
     jobs: tuple[ImageJob, ...]
     admitted: tuple[ImageJob, ...]
     """Those of them that were given their slot just now."""
@@ -55,7 +55,7 @@ class PlannedStep:
 
 
 class _Lane:
-    def __init__(self, name: str, num_slots: int) -> None:
+    def __init__(self, name: LaneName, num_slots: int) -> None:
         self.name = name
         self.waiting: dict[str, OrderedDict[Ticket, deque[ImageJob]]] = {
             priority: OrderedDict() for priority in PRIORITIES
@@ -108,7 +108,7 @@ class Scheduler:
 
     def __init__(
         self,
-        lanes: Iterable[str],
+        lanes: Iterable[LaneName],
         *,
         max_rows: int,
         aging_s: float = AGING_S,
@@ -123,6 +123,7 @@ class Scheduler:
         """When a lane begins the batch that the last `schedule` held back; infinity: there is none."""
         self._batching = batching
         self._handicaps_s = {priority: rank * aging_s for rank, priority in enumerate(PRIORITIES)}
+        # Replaced whole, never changed: other threads read how much there is to do.
         self._lanes = {name: _Lane(name, max_rows) for name in lanes}
         self._virtual_time_s = 0.0
 
@@ -136,9 +137,20 @@ class Scheduler:
         """Images that hold a slot."""
         return sum(lane.num_active for lane in self._lanes.values())
 
+    def add_lane(self, name: LaneName) -> None:
+        """Schedule a further lane."""
+        self._lanes = self._lanes | {name: _Lane(name, self.max_rows)}
+
+    def remove_lane(self, name: LaneName) -> bool:
+        """Forget a lane that has nothing to do, or is not there; False for one that has work."""
+        if name in self._lanes and self._lanes[name].busy:
+            return False
+        self._lanes = {other: lane for other, lane in self._lanes.items() if other != name}
+        return True
+
     def add(self, ticket: Ticket) -> None:
         """Queue the images of a request."""
-        lane = self._lanes[ticket.request.model]
+        lane = self._lanes[ticket.request.lane]
         if not lane.busy:
             lane.virtual_time_s = max(lane.virtual_time_s, self._virtual_time_s)
         lane.waiting[ticket.request.priority][ticket] = deque(ticket.unmade)
@@ -163,13 +175,13 @@ class Scheduler:
         num_rows = sum(job.num_rows for job in jobs)
         return PlannedStep(lane=lane.name, jobs=jobs, admitted=admitted, num_rows=num_rows)
 
-    def charge(self, lane: str, seconds: float) -> None:
+    def charge(self, lane: LaneName, seconds: float) -> None:
         """Book device time that a step of `lane` took."""
         self._lanes[lane].virtual_time_s += seconds
 
     def release(self, job: ImageJob) -> None:
         """Take one image out of its slot, which the next step may fill again."""
-        lane = self._lanes[job.request.model]
+        lane = self._lanes[job.request.lane]
         if job.slot is not None and lane.active.get(job.slot) is job:
             del lane.active[job.slot]
             lane.free_slots.append(job.slot)
@@ -177,18 +189,21 @@ class Scheduler:
 
     def drop(self, ticket: Ticket) -> int:
         """Take all images of a request out of queue and slots; returns how many of them were still queued."""
+        request = ticket.request
+        lane = self._lanes.get(request.lane)
+        if lane is None:  # it had nothing more to do, not for this request either
+            return 0
         for job in ticket.jobs:
             self.release(job)
-        request = ticket.request
-        return len(self._lanes[request.model].waiting[request.priority].pop(ticket, ()))
+        return len(lane.waiting[request.priority].pop(ticket, ()))
 
-    def queue(self, lane: str) -> Iterator[Ticket]:
+    def queue(self, lane: LaneName) -> Iterator[Ticket]:
         """The requests of a lane with queued images, in the order in which slots are given to them."""
         heads = [deque(queue) for queue in self._lanes[lane].waiting.values()]
         while any(heads):
             yield min((head for head in heads if head), key=lambda head: self._counts_as(head[0])).popleft()
 
-    def leaving(self, lane: str) -> tuple[ImageJob, ...]:
+    def leaving(self, lane: LaneName) -> tuple[ImageJob, ...]:
         """Finished images of a lane that go to the decoder now, still in their slots."""
         return self._batching.leaving(self._lanes[lane].active.values())
 

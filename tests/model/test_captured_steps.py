@@ -94,14 +94,14 @@ def test_a_size_is_captured_once_and_in_advance(
     captured = []
     monkeypatch.setattr(Captures, "capture", lambda self, step: captured.append(step) or step)
     steps = _steps(network, "cpu")
-    steps.capture_all(max_images=2, conditional=True)
+    list(steps.capture_all(max_images=2, conditional=True))
     assert len(captured) == 4  # 2 and 1 images, with guidance and without
     steps(_batch(2, [0]))
     steps(_batch(1, []))
     assert len(captured) == 4
     steps(_batch(3, []))
     assert len(captured) == 5
-    steps.capture_all(max_images=100, conditional=True)
+    list(steps.capture_all(max_images=100, conditional=True))
     assert len(captured) == 7  # of 4 images also with guidance for half of them
 
 
@@ -126,7 +126,7 @@ def test_captured_steps_are_the_steps(network: LaMambaDiff, batches: list[Any]) 
     net = LaMambaDiff.from_config(network.config).cuda().eval().requires_grad_(False)
     net.load_state_dict(network.state_dict())
     steps = _steps(net, "cuda")
-    steps.capture_all(max_images=4, conditional=True)
+    list(steps.capture_all(max_images=4, conditional=True))
     for num_images, guided, sampler in batches * 2:
         batch = _batch(num_images, guided, sampler=sampler, device="cuda")
         # TF32 and other kernels at other numbers of rows

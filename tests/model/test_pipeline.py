@@ -49,6 +49,18 @@ def test_load_of_half_precision_weights_computes_in_fp32_on_cpu(folder: Path, tm
     assert torch.equal(loaded.state_dict()["encoder.0.0.ffn.0.weight"], expected)
 
 
+def test_a_loaded_model_does_not_follow_its_files(folder: Path, tmp_path: Path) -> None:
+    """A server's model is replaced by writing over its folder, and may have to be served on."""
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    pipeline = LaMambaPipeline.load(copy, device="cpu")
+    before = pipeline.generate([1], seeds=[3], num_inference_steps=2)
+    for file in copy.rglob("*.safetensors"):
+        with file.open("r+b") as opened:
+            opened.write(b"\x11" * file.stat().st_size)
+    assert torch.equal(pipeline.generate([1], seeds=[3], num_inference_steps=2), before)
+
+
 def test_a_diffusers_pipeline_loads_the_folder(folder: Path) -> None:
     loaded = DiTPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
     assert isinstance(loaded.transformer, LaMambaDiff)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -40,6 +41,15 @@ def client() -> Iterator[TestClient]:
     app = create_app(Settings(), (fake_pipeline(), fake_pipeline("fake-32", resolution=32)))
     with TestClient(app, raise_server_exceptions=False) as shared:
         yield shared
+
+
+async def with_client(app: FastAPI, talk: Callable[[httpx.AsyncClient], Any]) -> Any:
+    """Run the app's lifespan around a conversation, without a network."""
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+    ):
+        return await asyncio.wait_for(talk(client), TIMEOUT_S)
 
 
 async def post_and_leave(

@@ -13,7 +13,7 @@ import pytest
 from model.pipeline import LaMambaPipeline
 from service.engine.batching import StaticBatching
 from service.engine.engine import Engine
-from service.engine.request import GenerationRequest, Ticket
+from service.engine.request import GenerationRequest, LaneName, Ticket
 from service.engine.scheduler import Scheduler
 from service.metrics import Metrics
 from service.runtime import Runtime
@@ -39,13 +39,15 @@ def request(steps: int = 4, *, num_images: int = 1, guidance_scale: float = 2.0)
 
 def static_scheduler(max_images: int = 3, *, max_rows: int = 8) -> Scheduler:
     return Scheduler(
-        ["fake-16"], max_rows=max_rows, batching=StaticBatching(max_images=max_images, wait_s=WAIT_S)
+        [LaneName("fake-16")],
+        max_rows=max_rows,
+        batching=StaticBatching(max_images=max_images, wait_s=WAIT_S),
     )
 
 
 def static_engine(pipeline: LaMambaPipeline, *, max_images: int, wait_s: float) -> Engine:
     return Engine(
-        {pipeline.name: pipeline},
+        {LaneName(pipeline.name): pipeline},
         max_rows=8,
         max_queue_images=64,
         metrics=Metrics(),
@@ -97,7 +99,7 @@ def test_nobody_joins_and_nobody_leaves_before_the_end() -> None:
         rows.append(plan.num_rows)
         for job in plan.jobs:
             job.step_index += 1
-        leaving = {job.ticket for job in scheduler.leaving("fake-16")}
+        leaving = {job.ticket for job in scheduler.leaving(LaneName("fake-16"))}
         assert leaving == ({short, long} if step == 2 else set())
         add(scheduler, at=0.0)
     assert rows == [4, 2, 2]  # the finished image costs nothing more

@@ -222,9 +222,13 @@ def corrupt(folder: Path, root: Path) -> Path:
     return copy
 
 
-def test_serve_stops_with_one_line_and_2_on_corrupt_weights(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--models", "--model-repository"])
+def test_serve_stops_with_one_line_and_2_on_corrupt_weights(
+    folder: Path, tmp_path: Path, option: str
+) -> None:
     cut = corrupt(folder, tmp_path)
-    process = server_process("--models", str(cut), "--port", "0", "--log-level", "error")
+    given = cut if option == "--models" else tmp_path
+    process = server_process(option, str(given), "--port", "0", "--log-level", "error")
     _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 2
     line = (

@@ -18,7 +18,7 @@ import torch
 from model.diffusion.samplers import sampler_table
 from model.pipeline import LaMambaPipeline
 from service.engine.engine import Engine
-from service.engine.request import Ticket
+from service.engine.request import LaneName, Ticket
 from service.errors import DeadlineExceeded, Draining, EngineStopped, GenerationFailed, QueueFull
 from service.metrics import Metrics
 from tests.fakes import fake_pipeline
@@ -41,7 +41,7 @@ def engine_of() -> Iterator[EngineFactory]:
 
     def make(*pipelines: LaMambaPipeline, start: bool = True, **options: Any) -> Engine:
         options = {"max_rows": 8, "max_queue_images": 64, "metrics": Metrics()} | options
-        engine = Engine({pipeline.name: pipeline for pipeline in pipelines}, **options)
+        engine = Engine({LaneName(pipeline.name): pipeline for pipeline in pipelines}, **options)
         engines.append(engine)
         if start:
             engine.start()

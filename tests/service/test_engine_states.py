@@ -1,13 +1,14 @@
 """The engine under any order of events: if this fails, requests are lost, answered twice, or never.
 
-A state machine submits, cancels, breaks, decodes and lets time pass in whatever order hypothesis finds
-worst, and checks after each event what must always hold. No thread runs and no clock ticks: the test takes
-the steps of the engine and of the decoder itself, and time passes when it says so.
+A state machine submits, cancels, breaks, decodes, swaps models and lets time pass in whatever order
+hypothesis finds worst, and checks after each event what must always hold. No thread runs and no clock ticks:
+the test takes the steps of the engine and of the decoder itself, and time passes when it says so.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +21,7 @@ import service.engine.engine
 from service.engine.batching import CONTINUOUS, Batching, StaticBatching
 from service.engine.decode import Decoder
 from service.engine.engine import Engine
-from service.engine.request import PRIORITIES, GenerationRequest, ImageJob, Priority, Ticket
+from service.engine.request import PRIORITIES, GenerationRequest, ImageJob, LaneName, Priority, Ticket
 from service.errors import DeadlineExceeded, Draining, GenerationFailed, QueueFull
 from service.metrics import Metrics
 from tests.fakes import fake_pipeline
@@ -54,7 +55,8 @@ class EngineMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 1000.0
         self.metrics = Metrics()
-        pipelines = {name: fake_pipeline(name) for name in LANES}
+        pipelines = {LaneName(name): fake_pipeline(name) for name in LANES}
+        self.versions = dict.fromkeys(LANES, 1)
         self.networks: list[Any] = [pipeline.network for pipeline in pipelines.values()]
         for network in self.networks:
             network.before_call = self.pass_step_time
@@ -121,6 +123,7 @@ class EngineMachine(RuleBasedStateMachine):
             num_images=num_images,
             priority=priority,
             timeout_s=timeout_s,
+            version=self.versions[model],
         )
         waiting = self.waiting_images()
         try:
@@ -164,6 +167,22 @@ class EngineMachine(RuleBasedStateMachine):
         for network in self.networks:
             network.rows_that_fit = rows
         self.image_may_not_fit |= rows == 1
+
+    @rule(model=st.sampled_from(LANES))
+    def swap(self, model: str) -> None:
+        old = LaneName(model, self.versions[model])
+        new = fake_pipeline(model)
+        joined = self.engine.add_lane(LaneName(model, old.version + 1), new)
+        while not joined.done():
+            assert self.take_step()
+        joined.result(0)
+        network: Any = new.network
+        network.before_call = self.pass_step_time
+        network.failing_label = self.networks[0].failing_label
+        network.rows_that_fit = self.networks[0].rows_that_fit
+        self.networks.append(network)
+        self.versions[model] += 1
+        self.engine.remove_lane(old)
 
     @rule()
     def step(self) -> None:
@@ -212,7 +231,7 @@ class EngineMachine(RuleBasedStateMachine):
         ]
         for ticket in admitted:
             for other in passed_over:
-                if ticket.request.model == other.request.model:
+                if ticket.request.lane == other.request.lane:
                     assert counts_as_submitted(ticket) <= counts_as_submitted(other)
         return worked
 
@@ -245,7 +264,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert all(count == job.result.done() for job, count in self.answers.items())
 
     def teardown(self) -> None:
-        """Finish what was accepted, in no more steps than there is work; then look at every answer.
+        """Finish what was accepted, in no more steps than there is work for engine and decoder, which the
+        engine waits for; then look at every answer.
 
         Where the engine waits for a batch to fill, its time passes.
         """
@@ -255,7 +275,7 @@ class EngineMachine(RuleBasedStateMachine):
             if not ticket.done
         )
         halvings = len(LANES) * MAX_ROWS  # of the limit of rows, which may stand above what fits
-        for _ in range(left + 1 + halvings):
+        for _ in range(left + 1 + self.decoder.backlog + halvings):
             if not self.take_step() and self.scheduler.opens_at < math.inf:
                 self.now = self.scheduler.opens_at
                 self.take_step()
@@ -268,6 +288,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.idle
         assert self.waiting_images() == self.scheduler.num_waiting == self.scheduler.num_active == 0
         assert not self.engine._timed
+        served = {LaneName(model, version) for model, version in self.versions.items()}
+        assert self.engine._runners.keys() == self.scheduler._lanes.keys() == served
         self.engine.stop()
         assert set(self.answers.values()) <= {1}
         self.check_answers()
@@ -332,7 +354,9 @@ class StaticEngineMachine(EngineMachine):
 
     def take_step(self) -> bool:
         began = self.now
-        before = {name: set(lane.active.values()) for name, lane in self.scheduler._lanes.items()}
+        before = defaultdict(
+            set, {name: set(lane.active.values()) for name, lane in self.scheduler._lanes.items()}
+        )
         waiting = [
             job
             for ticket in self.tickets
@@ -347,7 +371,7 @@ class StaticEngineMachine(EngineMachine):
                 assert batch <= before[name]  # nobody has joined
                 assert all(job.ticket.done for job in before[name] - batch)  # who left was given up
             elif batch:
-                of_lane = [job.ticket for job in waiting if job.request.model == name]
+                of_lane = [job.ticket for job in waiting if job.request.lane == name]
                 waited_s = began - min(ticket.submitted_at for ticket in of_lane)
                 assert len(batch) <= STATIC.max_images
                 assert len(of_lane) >= STATIC.max_images or waited_s >= STATIC.wait_s

@@ -17,7 +17,7 @@ from PIL import Image
 
 from model.diffusion.samplers import SAMPLERS
 from service.engine.engine import Engine
-from service.engine.request import Preview, Ticket
+from service.engine.request import LaneName, Preview, Ticket
 from service.metrics import Metrics
 from tests.fakes import fake_pipeline
 from tests.service.conftest import ClientFactory
@@ -160,7 +160,7 @@ def test_mistakes_before_the_start_have_their_status(client: TestClient) -> None
 
 def test_who_waits_hears_its_place_in_the_queue() -> None:
     pipeline = fake_pipeline()
-    engine = Engine({"fake-16": pipeline}, max_rows=2, max_queue_images=64, metrics=Metrics())
+    engine = Engine({LaneName("fake-16"): pipeline}, max_rows=2, max_queue_images=64, metrics=Metrics())
     network: Any = pipeline.network
     engine.start()
     submitted = threading.Event()

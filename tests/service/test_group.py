@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -13,12 +12,12 @@ import torch
 from model.pipeline import LaMambaPipeline
 from service.engine.engine import Engine
 from service.engine.group import EngineGroup
-from service.engine.request import Ticket
+from service.engine.request import LaneName, Ticket
 from service.errors import Draining, EngineStopped, QueueFull
 from service.metrics import Metrics
 from service.runtime import serving_devices
 from tests.fakes import fake_pipeline
-from tests.service.engine_requests import REQUEST, TIMEOUT_S, assert_equals_alone, images
+from tests.service.engine_requests import REQUEST, TIMEOUT_S, assert_equals_alone, images, wait_for
 
 
 class Broken(torch.AcceleratorError):
@@ -38,7 +37,10 @@ class Devices:
         self._max_queue_images = max_queue_images
         self.metrics = Metrics()
         self.group = EngineGroup(
-            [self.engine(index) for index in range(count)], rebuild=self.engine, metrics=self.metrics
+            [self.engine(index) for index in range(count)],
+            lanes={REQUEST.lane: lambda index: fake_pipeline()},
+            rebuild=lambda index, lanes: self.engine(index),
+            metrics=self.metrics,
         )
 
     def engine(self, index: int) -> Engine:
@@ -49,7 +51,7 @@ class Devices:
         pipeline.network.before_call = lambda: self._step(index)
         self.pipelines[index : index + 1] = [pipeline]
         return Engine(
-            {pipeline.name: pipeline},
+            {LaneName(pipeline.name): pipeline},
             max_rows=4,
             max_queue_images=self._max_queue_images,
             metrics=self.metrics,
@@ -87,13 +89,6 @@ def submit(devices: Devices, count: int, **changes: object) -> list[Ticket]:
         devices.group.submit(replace(REQUEST, seed=seed, request_id=str(seed), **changes))  # type: ignore[arg-type]
         for seed in range(count)
     ]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_requests_go_to_the_engine_with_the_least_work(devices_of: DevicesFactory) -> None:

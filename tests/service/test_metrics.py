@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.engine.engine import Engine
+from service.engine.request import LaneName
 from service.errors import EngineStopped, GenerationFailed, InvalidField, QueueFull
 from service.metrics import FINISHED_REASONS, Metrics, RateWindow, rows_label
+from service.metrics_table import metrics_page
 from service.runtime import Runtime
 from tests.fakes import fake_pipeline
 from tests.service.conftest import ClientFactory
@@ -139,13 +142,16 @@ def test_every_error_is_shown_from_the_start() -> None:
     assert {"rejections_total{code=queue_full}", "rejections_total{code=invalid_json}"} <= shown
     assert {name for name in shown if name.startswith("errors_total")} == {
         f"errors_total{{code={code}}}"
-        for code in ("internal_error", "generation_failed", "engine_stopped", "deadline_exceeded")
+        for code in (
+            *("internal_error", "generation_failed", "engine_stopped", "deadline_exceeded"),
+            *("model_load_failed", "insufficient_memory"),
+        )
     }
 
 
 def test_gauges_follow_the_engine() -> None:
     pipeline, metrics = fake_pipeline(), Metrics()
-    engine = Engine({"fake-16": pipeline}, max_rows=4, max_queue_images=8, metrics=metrics)
+    engine = Engine({LaneName("fake-16"): pipeline}, max_rows=4, max_queue_images=8, metrics=metrics)
     gauges = ("num_requests_running", "num_requests_waiting", "queue_images", "active_slots")
 
     def shown() -> list[float]:
@@ -168,7 +174,7 @@ def test_gauges_follow_the_engine() -> None:
 def test_rows_that_fill_a_step_up_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, metrics = fake_pipeline(), Metrics()
     monkeypatch.setattr(type(pipeline), "num_rows", lambda self, images, guided: images + guided + 3)
-    engine = Engine({"fake-16": pipeline}, max_rows=4, max_queue_images=8, metrics=metrics)
+    engine = Engine({LaneName("fake-16"): pipeline}, max_rows=4, max_queue_images=8, metrics=metrics)
     engine.submit(REQUEST)
     engine.step()
     now = values(metrics.render().decode())
@@ -213,3 +219,17 @@ def test_rate_window_forgets_what_is_older_than_the_window() -> None:
         window.add()
     now[0] += 30.0
     assert window.per_second() == pytest.approx(5 / 60)
+
+
+def test_the_page_of_metrics_is_that_of_the_class(client_of: ClientFactory) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert page == metrics_page(), "run `make docs`"
+    assert "| `lamamba_requests_total` | counter | `route`, `status` | HTTP requests answered. |" in page
+    families = text_string_to_metric_families(client_of().get("/metrics").text)
+    scraped = {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in families
+        if not family.name.endswith("_created")
+    }
+    listed = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert listed == scraped

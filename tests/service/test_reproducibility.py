@@ -19,10 +19,10 @@ from torch import Tensor
 from model import fixed_rows
 from model.pipeline import LaMambaPipeline
 from service.engine.engine import Engine
-from service.engine.request import GenerationRequest, ImageJob, Ticket
+from service.engine.request import GenerationRequest, ImageJob, LaneName, Ticket
 from service.engine.runner import FinishedLatents
 from service.metrics import Metrics
-from service.runtime import Runtime, rows_of_calls
+from service.model_loading import ModelSource, load_pipeline, rows_of_calls
 from service.settings import Settings
 from tests.service.engine_requests import TOLERANCE, images
 from tests.tiny_model import LABELS, save_tiny_model
@@ -58,7 +58,9 @@ class MixedEngine:
 
     def __init__(self, pipeline: LaMambaPipeline) -> None:
         self.pipeline = pipeline
-        self.engine = Engine({"tiny": pipeline}, max_rows=MAX_ROWS, max_queue_images=64, metrics=Metrics())
+        self.engine = Engine(
+            {LaneName("tiny"): pipeline}, max_rows=MAX_ROWS, max_queue_images=64, metrics=Metrics()
+        )
         self.latents: dict[ImageJob, Tensor] = {}
         decode = self.engine._decoder.submit
 
@@ -154,8 +156,8 @@ def test_the_setting_fixes_the_rows_of_a_call(
 
 
 def test_a_deterministic_server_loads_its_models_so(folder: Path) -> None:
-    runtime = Runtime(Settings(deterministic=True, device="cpu", models=(str(folder),)))
-    (pipeline,) = runtime._load(torch.device("cpu"))
+    source = ModelSource(folder=folder, name=None)
+    pipeline = load_pipeline(source, torch.device("cpu"), Settings(deterministic=True, device="cpu"))
     assert isinstance(pipeline, LaMambaPipeline)
     assert pipeline.fixed_rows is not None
     assert (pipeline.fixed_rows.num_rows, pipeline.num_rows(3, 2)) == (1, 5)

@@ -6,8 +6,10 @@ import random
 
 import pytest
 
-from service.engine.request import PRIORITIES, GenerationRequest, Priority, Ticket
+from service.engine.request import PRIORITIES, GenerationRequest, LaneName, Priority, Ticket
 from service.engine.scheduler import PlannedStep, Scheduler
+
+A, B = LaneName("a"), LaneName("b")
 
 
 def ticket(
@@ -50,7 +52,7 @@ def run(scheduler: Scheduler, cost_s: float = 1.0) -> PlannedStep | None:
 
 
 def test_schedule_packs_rows_up_to_the_budget() -> None:
-    scheduler = Scheduler(["a"], max_rows=5)
+    scheduler = Scheduler([A], max_rows=5)
     guided, unguided = ticket(num_images=2), ticket(num_images=3, guided=False)
     scheduler.add(guided)
     scheduler.add(unguided)
@@ -62,7 +64,7 @@ def test_schedule_packs_rows_up_to_the_budget() -> None:
 
 
 def test_schedule_does_not_let_a_small_image_overtake_one_that_does_not_fit() -> None:
-    scheduler = Scheduler(["a"], max_rows=3)
+    scheduler = Scheduler([A], max_rows=3)
     first, large, small = ticket(steps=2), ticket(steps=2), ticket(guided=False, steps=2)
     for waiting in (first, large, small):
         scheduler.add(waiting)
@@ -76,7 +78,7 @@ def test_schedule_does_not_let_a_small_image_overtake_one_that_does_not_fit() ->
 
 
 def test_schedule_an_image_outside_of_its_guidance_interval_takes_one_row() -> None:
-    scheduler = Scheduler(["a"], max_rows=4)
+    scheduler = Scheduler([A], max_rows=4)
     waiting = ticket(num_images=4, steps=3, guided_steps=range(1, 2))
     scheduler.add(waiting)
     assert waiting.rows_left == 4 * (1 + 2 + 1)
@@ -89,7 +91,7 @@ def test_schedule_an_image_outside_of_its_guidance_interval_takes_one_row() -> N
 
 def test_schedule_images_that_do_not_fit_a_step_together_take_turns() -> None:
     """All come into their intervals at once: each is left out no more often than it must be."""
-    scheduler = Scheduler(["a"], max_rows=4)
+    scheduler = Scheduler([A], max_rows=4)
     crowd = ticket(num_images=4, steps=9, guided_steps=range(1, 9))
     scheduler.add(crowd)
     run(scheduler)
@@ -102,7 +104,7 @@ def test_schedule_images_that_do_not_fit_a_step_together_take_turns() -> None:
 
 
 def test_schedule_gives_slots_to_requests_in_turn() -> None:
-    scheduler = Scheduler(["a"], max_rows=4)
+    scheduler = Scheduler([A], max_rows=4)
     crowd, single = ticket(num_images=16, steps=1), ticket(steps=1)
     scheduler.add(crowd)
     scheduler.add(single)
@@ -112,7 +114,7 @@ def test_schedule_gives_slots_to_requests_in_turn() -> None:
 
 
 def test_schedule_admits_by_priority_and_within_one_by_arrival() -> None:
-    scheduler = Scheduler(["a"], max_rows=2)
+    scheduler = Scheduler([A], max_rows=2)
     running = ticket(steps=1, num_images=1)
     scheduler.add(running)
     run(scheduler)
@@ -128,7 +130,7 @@ def test_schedule_admits_by_priority_and_within_one_by_arrival() -> None:
 
 
 def test_schedule_a_high_crowd_takes_slots_before_a_normal_one_and_leaves_it_the_rest() -> None:
-    scheduler = Scheduler(["a"], max_rows=6)
+    scheduler = Scheduler([A], max_rows=6)
     normal, high = ticket(num_images=4), ticket(num_images=2, priority="high", at=1.0)
     scheduler.add(normal)
     scheduler.add(high)
@@ -142,7 +144,7 @@ def test_schedule_an_endless_stream_of_high_requests_starves_nobody(
     priority: Priority, bound_s: float
 ) -> None:
     """Twice as many high requests as the lane can take: the other one still waits no longer than it ages."""
-    scheduler = Scheduler(["a"], max_rows=2, aging_s=10.0)
+    scheduler = Scheduler([A], max_rows=2, aging_s=10.0)
     patient = ticket(steps=1, priority=priority, at=5.0)
     backlog = 0
     for second in range(200):
@@ -163,15 +165,15 @@ def test_schedule_an_endless_stream_of_high_requests_starves_nobody(
 
 
 def test_schedule_priorities_do_not_change_the_turns_of_the_lanes() -> None:
-    scheduler = Scheduler(["a", "b"], max_rows=2)
+    scheduler = Scheduler([A, B], max_rows=2)
     scheduler.add(ticket("a", steps=100, priority="low"))
     scheduler.add(ticket("b", steps=100, priority="high"))
     lanes = [plan.lane for plan in (run(scheduler) for _ in range(20)) if plan]
-    assert lanes.count("a") == 10
+    assert lanes.count(A) == 10
 
 
 def test_schedule_joins_new_images_at_the_next_step() -> None:
-    scheduler = Scheduler(["a"], max_rows=8)
+    scheduler = Scheduler([A], max_rows=8)
     early, late = ticket(steps=3), ticket(steps=3)
     scheduler.add(early)
     run(scheduler)
@@ -182,7 +184,7 @@ def test_schedule_joins_new_images_at_the_next_step() -> None:
 
 
 def test_schedule_admits_nobody_when_told_so() -> None:
-    scheduler = Scheduler(["a"], max_rows=4)
+    scheduler = Scheduler([A], max_rows=4)
     scheduler.add(ticket())
     assert scheduler.schedule(0.0, admit=False) is None
     assert scheduler.num_waiting == 1
@@ -190,42 +192,42 @@ def test_schedule_admits_nobody_when_told_so() -> None:
 
 
 def test_lanes_share_time_whatever_their_steps_cost() -> None:
-    scheduler = Scheduler(["cheap", "dear"], max_rows=2)
+    scheduler = Scheduler([LaneName("cheap"), LaneName("dear")], max_rows=2)
     scheduler.add(ticket("cheap", steps=1000))
     scheduler.add(ticket("dear", steps=1000))
     used = {"cheap": 0.0, "dear": 0.0}
     for _ in range(500):
         plan = scheduler.schedule(0.0)
         assert plan is not None
-        cost_s = 4.0 if plan.lane == "dear" else 1.0
-        used[plan.lane] += cost_s
+        cost_s = 4.0 if plan.lane.model == "dear" else 1.0
+        used[plan.lane.model] += cost_s
         scheduler.charge(plan.lane, cost_s)
         assert abs(used["cheap"] - used["dear"]) <= 4.0
 
 
 def test_a_lane_gets_no_credit_for_having_been_idle() -> None:
-    scheduler = Scheduler(["a", "b"], max_rows=2)
+    scheduler = Scheduler([A, B], max_rows=2)
     scheduler.add(ticket("a", steps=1000))
     for _ in range(500):
         run(scheduler)
     scheduler.add(ticket("b", steps=100))
     lanes = [plan.lane for plan in (run(scheduler) for _ in range(20)) if plan]
-    assert lanes.count("a") in (9, 10)
+    assert lanes.count(A) in (9, 10)
 
 
 def test_a_lane_that_worked_alone_is_not_punished_for_it() -> None:
-    scheduler = Scheduler(["a", "b"], max_rows=2)
+    scheduler = Scheduler([A, B], max_rows=2)
     scheduler.add(ticket("a", steps=500))
     while run(scheduler):
         pass
     scheduler.add(ticket("b", steps=100))
     scheduler.add(ticket("a", steps=100))
     lanes = [plan.lane for plan in (run(scheduler) for _ in range(20)) if plan]
-    assert lanes.count("a") in (9, 10)
+    assert lanes.count(A) in (9, 10)
 
 
 def test_drop_frees_slots_and_queue_places_once() -> None:
-    scheduler = Scheduler(["a"], max_rows=4)
+    scheduler = Scheduler([A], max_rows=4)
     dropped, other = ticket(num_images=5), ticket()
     scheduler.add(dropped)
     scheduler.add(other)
@@ -239,13 +241,13 @@ def test_drop_frees_slots_and_queue_places_once() -> None:
 
 def test_max_rows_below_a_guided_image_is_rejected() -> None:
     with pytest.raises(ValueError, match="max_rows: 1 given"):
-        Scheduler(["a"], max_rows=1)
+        Scheduler([A], max_rows=1)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_traffic_leaks_no_slot_and_finishes_every_request(seed: int) -> None:
     rng = random.Random(seed)
-    scheduler = Scheduler(["a", "b"], max_rows=6)
+    scheduler = Scheduler([A, B], max_rows=6)
     tickets: list[Ticket] = []
     dropped: set[Ticket] = set()
     for step in range(120):

@@ -8,24 +8,23 @@ import io
 import signal
 import socket
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import torch
-from fastapi import FastAPI
 from PIL import Image
 
 from model.pipeline import LaMambaPipeline
 from service.app import create_app
 from service.errors import EngineFailure, StartupError
+from service.model_loading import ModelSource
 from service.runtime import Runtime
 from service.server import DrainingServer, bind_socket, run_server
 from service.settings import Settings
 from tests.fakes import LABELS, fake_pipeline
-from tests.service.conftest import ClientFactory, leave_at_third_step
+from tests.service.conftest import ClientFactory, leave_at_third_step, with_client
 
 TIMEOUT_S = 30.0
 BODY: dict[str, Any] = {"class_id": 2, "steps": 4, "seed": 9}
@@ -34,15 +33,6 @@ BODY: dict[str, Any] = {"class_id": 2, "steps": 4, "seed": 9}
 def pixels(b64: str) -> np.ndarray:
     with Image.open(io.BytesIO(base64.b64decode(b64))) as image:
         return np.asarray(image).astype(int)
-
-
-async def with_client(app: FastAPI, talk: Callable[[httpx.AsyncClient], Any]) -> Any:
-    """Run the app's lifespan around a conversation, without a network."""
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
-    ):
-        return await asyncio.wait_for(talk(client), TIMEOUT_S)
 
 
 def test_200_concurrent_mixed_requests_are_each_answered_with_their_own_images() -> None:
@@ -166,12 +156,12 @@ def test_a_model_whose_first_image_fails_is_a_failed_start(fault: str, message: 
 def test_before_the_models_are_loaded_only_liveness_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     loading = threading.Event()
 
-    def load(runtime: Runtime, device: torch.device) -> list[LaMambaPipeline]:
+    def load(source: ModelSource, device: torch.device, settings: Settings) -> LaMambaPipeline:
         loading.wait(TIMEOUT_S)
-        return [fake_pipeline()]
+        return fake_pipeline()
 
-    monkeypatch.setattr(Runtime, "_load", load)
-    app = create_app(Settings())
+    monkeypatch.setattr("service.model_loading.load_pipeline", load)
+    app = create_app(Settings(models=("folder",)))
 
     async def talk(client: httpx.AsyncClient) -> list[Any]:
         before = [await client.get("/health/live"), await client.get("/health/ready")]

@@ -29,7 +29,7 @@ def test_load_settings_reads_the_environment_and_lets_options_win(monkeypatch: p
             "LAMAMBA_MAX_ROW", "LAMAMBA_MAX_ROW: no such setting; did you mean LAMAMBA_MAX_ROWS", id="near"
         ),
         pytest.param(
-            "LAMAMBA_XYZZY", "LAMAMBA_XYZZY: no such setting; there are LAMAMBA_API_KEYS,", id="far"
+            "LAMAMBA_XYZZY", "LAMAMBA_XYZZY: no such setting; there are LAMAMBA_ADMIN_KEY,", id="far"
         ),
     ],
 )
