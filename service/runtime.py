@@ -173,14 +173,18 @@ class Runtime:
 
     async def stop(self) -> None:
         """End the threads; work that is not finished is answered with Draining."""
-        self._draining = True
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop)
+        await self.give_up()
         if self._models is not None:
             await self._models.stop()
         self.encoders.shutdown(wait=False)
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
+
+    async def give_up(self) -> None:
+        """Answer accepted work that is not finished with Draining; images that are made are still encoded."""
+        self._draining = True
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop)
 
     def drain(self) -> None:
         """Turn new requests away; what was accepted is finished."""

@@ -69,6 +69,11 @@ class DrainingServer(uvicorn.Server):
         else:
             self.should_exit = self.force_exit = True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Give up what the time to drain was too short for, which uvicorn would cancel without an answer."""
+        await self._runtime.give_up()
+        await super().shutdown(sockets)
+
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second: whether the server is to close."""
         if self._runtime.state is RuntimeState.FAILED:

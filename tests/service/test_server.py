@@ -8,6 +8,8 @@ import io
 import signal
 import socket
 import threading
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import httpx
@@ -240,13 +242,41 @@ def test_sigterm_finishes_accepted_work_while_probes_say_draining() -> None:
             assert live.status_code == 200
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
 
-    async def run() -> None:
-        with bind_socket("127.0.0.1", 0) as bound:
-            serving = asyncio.create_task(server.serve(sockets=[bound]))
-            await asyncio.wait_for(converse(bound.getsockname()[1]), TIMEOUT_S)
-            await asyncio.wait_for(serving, TIMEOUT_S)
+    asyncio.run(talk_until_the_end(server, converse))
 
-    asyncio.run(run())
+
+def test_work_that_a_drain_has_no_time_for_is_told_so() -> None:
+    pipeline = fake_pipeline()
+    settings = Settings(port=0, drain_timeout_s=0.1)
+    server = DrainingServer(create_app(settings, (pipeline,)), settings)
+    started = threading.Event()
+
+    def take_long() -> None:
+        started.set()
+        time.sleep(0.05)
+
+    async def converse(port: int) -> None:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
+            while not server.started:  # noqa: ASYNC110 - uvicorn offers no event
+                await asyncio.sleep(0.001)
+            pipeline.network.before_call = take_long  # type: ignore[attr-defined]
+            request = asyncio.create_task(client.post("/generate", json=BODY | {"steps": 1000}))
+            await asyncio.to_thread(started.wait, TIMEOUT_S)
+            server.handle_exit(signal.SIGTERM, None)
+            answer = await request
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+
+    asyncio.run(talk_until_the_end(server, converse))
+
+
+async def talk_until_the_end(
+    server: DrainingServer, converse: Callable[[int], Coroutine[Any, Any, None]]
+) -> None:
+    """Serve on a free port, which `converse` is given, until the server ends by itself."""
+    with bind_socket("127.0.0.1", 0) as bound:
+        serving = asyncio.create_task(server.serve(sockets=[bound]))
+        await asyncio.wait_for(converse(bound.getsockname()[1]), TIMEOUT_S)
+        await asyncio.wait_for(serving, TIMEOUT_S)
 
 
 def test_a_taken_port_is_one_line() -> None:
