@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from model.network.lamamba import LaMambaDiff
 LABELS = ("red barn", "blue house", "green hill")
 
 
-def save_tiny_model(root: Path, **config: Any) -> Path:
+def save_tiny_model(root: Path, labels: Sequence[str] = LABELS, **config: Any) -> Path:
     """Write the model, untrained and called "tiny", into a folder of `root`, and return that.
 
     `config` are further fields of the network's.
@@ -28,7 +29,7 @@ def save_tiny_model(root: Path, **config: Any) -> Path:
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     ).save_pretrained(root / "vae")
-    fields = {"sample_size": 8, "hidden_size": 8, "num_heads": 2, "num_classes": len(LABELS)} | config
+    fields = {"sample_size": 8, "hidden_size": 8, "num_heads": 2, "num_classes": len(labels)} | config
     network = LaMambaDiff(**fields)
     for parameter in network.parameters():
         # The zero-initialised modulations would hide the label and the timestep from the output.
@@ -37,7 +38,7 @@ def save_tiny_model(root: Path, **config: Any) -> Path:
         root / "model",
         network=network,
         autoencoder=root / "vae",
-        labels=LABELS,
+        labels=labels,
         name="tiny",
         dtype=torch.float32,
     )

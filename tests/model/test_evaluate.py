@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -18,9 +17,8 @@ from model.evaluate import Evaluation
 from model.evaluation.command import evaluate_command
 from model.evaluation.config import EvaluationConfig
 from model.evaluation.sources import balanced_view_ids, sampled_images, views
-from model.model_folder import save_model_folder
-from model.network.lamamba import LaMambaDiff
 from model.pipeline import LaMambaPipeline
+from tests.tiny_model import save_tiny_model
 
 LABELS = ("red", "blue")
 
@@ -45,26 +43,7 @@ def places() -> Places:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny untrained model of two classes: 16 px images, 8x8 latents."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("tiny")
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    ).save_pretrained(root / "vae")
-    network = LaMambaDiff(sample_size=8, hidden_size=8, num_heads=2, num_classes=2, depths=(1, 1, 1, 0))
-    save_model_folder(
-        root / "model",
-        network=network,
-        autoencoder=root / "vae",
-        labels=LABELS,
-        name="tiny",
-        dtype=torch.float32,
-    )
-    return root / "model"
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), labels=LABELS, depths=(1, 1, 1, 0))
 
 
 @pytest.fixture(scope="module")
