@@ -21,6 +21,7 @@ import jsonschema
 import pytest
 import yaml
 
+from service.app import create_app
 from service.errors import StartupError
 from service.settings import ENVIRONMENT_PREFIX, Settings, load_settings
 from tests.deploy.custom_resources import SCHEMAS
@@ -179,6 +180,13 @@ def test_every_rule_of_the_policy_finds_its_mistake() -> None:
         assert violations(with_value(good, path, value)) == [rule]
 
 
+def test_probes_and_prometheus_ask_for_routes_that_there_are() -> None:
+    manifests = overlay("cpu")
+    [scraped] = manifests.one("PodMonitor")["spec"]["podMetricsEndpoints"]
+    routes = create_app(Settings()).openapi()["paths"]
+    assert {*manifests.probed().values(), scraped["path"]} <= routes.keys()
+
+
 def test_the_pod_is_made_for_the_image() -> None:
     context = overlay("cpu").pod["securityContext"]
     assert f"USER {context['runAsUser']}:{context['runAsGroup']}" in stage("cpu")
@@ -238,7 +246,8 @@ def test_the_autoscaler_asks_for_metrics_that_there_are(name: str) -> None:
     assert unknown_metrics(targets) == set()
     assert unknown_metrics(["lamamba_images_queue"])
     assert targets.keys() == set(served.split("|"))
-    assert int(targets["lamamba_active_slots"]) * 2 == int(manifests.settings["LAMAMBA_MAX_ROWS"])
+    images_a_step = int(manifests.settings["LAMAMBA_MAX_ROWS"]) // 2
+    assert int(targets["lamamba_active_slots"]) == images_a_step * 3 // 4
     queue = int(manifests.settings.get("LAMAMBA_MAX_QUEUE_IMAGES", Settings().max_queue_images))
     assert int(targets["lamamba_queue_images"]) < queue
 
