@@ -299,7 +299,7 @@ def test_components_can_be_added(tmp_path: Path, environment: pytest.MonkeyPatch
     for variable, value in manifests.settings.items():
         environment.setenv(variable, value)
     mounted = {mount["mountPath"] for mount in manifests.container["volumeMounts"]}
-    assert {str(Path(model).parent) for model in load_settings().models} <= mounted
+    assert str(load_settings().model_repository) in mounted
     assert len(manifests.all("NetworkPolicy")) == 2
 
 
