@@ -1,6 +1,6 @@
 """JSON schemas of the custom resources in k8s/, which kubernetes-validate does not know.
 
-They are the fields that the manifests use, with the types and patterns of the operators' own definitions
+They are the fields that the manifests use, with the types and values that the operators themselves allow
 (Prometheus Operator's monitoring.coreos.com/v1, KEDA's keda.sh/v1alpha1), and allow no other field.
 """
 
@@ -35,11 +35,7 @@ def _resource(api_version: str, kind: str, spec: dict[str, Any]) -> dict[str, An
 _TEXT = {"type": "string", "minLength": 1}
 _TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 _COUNT = {"type": "integer", "minimum": 0}
-_DURATION = {
-    "type": "string",
-    "pattern": r"^(0|(([0-9]+)y)?(([0-9]+)w)?(([0-9]+)d)?(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?(([0-9]+)ms)?)$",
-    "minLength": 1,
-}
+_DURATION = {"type": "string", "pattern": r"^([0-9]+(ms|[smhdwy]))+$"}
 _RECORD = _object({"record": _TEXT, "expr": _TEXT}, {"labels": _TEXTS})
 _ALERT = _object({"alert": _TEXT, "expr": _TEXT}, {"for": _DURATION, "labels": _TEXTS, "annotations": _TEXTS})
 _SCALING = _object(
