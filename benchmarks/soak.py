@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -52,6 +52,7 @@ from model.cpu_rows import prepare_process
 from model.diffusion.samplers import SAMPLERS
 from model.pipeline import LaMambaPipeline
 from model.pretrained import default_model_dir
+from model.progress import progress_display
 
 LEAVING, LATE, INVALID = 0.10, 0.05, 0.05
 """Shares of the requests."""
@@ -236,8 +237,13 @@ async def send(client: httpx.AsyncClient, url: str, request: SoakRequest) -> End
     return ending
 
 
-async def soak(server: Server, requests: Sequence[SoakRequest], restarts: int) -> list[Ending]:
-    """All requests, `CONCURRENCY` at a time, with `restarts` of the server in between."""
+async def soak(
+    server: Server, requests: Sequence[SoakRequest], restarts: int, report: Callable[[], None]
+) -> list[Ending]:
+    """All requests, `CONCURRENCY` at a time, with `restarts` of the server in between.
+
+    `report` is called after each request.
+    """
     waiting = iter(requests)
     endings: list[Ending] = []
     restarts_due = [asyncio.Event() for _ in range(restarts)]
@@ -250,6 +256,7 @@ async def soak(server: Server, requests: Sequence[SoakRequest], restarts: int) -
             nonlocal in_life
             for request in waiting:
                 endings.append(await send(client, server.url, request))
+                report()
                 for due in restarts_due[: len(endings) * (restarts + 1) // len(requests)]:
                     due.set()
                 in_life += 1
@@ -383,7 +390,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         server = Server(given.model, log)
         started = time.perf_counter()
         try:
-            endings = asyncio.run(soak(server, requests, given.restarts))
+            with progress_display() as progress:
+                task = progress.add_task("requests", total=len(requests))
+                endings = asyncio.run(soak(server, requests, given.restarts, lambda: progress.advance(task)))
         finally:
             server.kill()
         total_s = time.perf_counter() - started
