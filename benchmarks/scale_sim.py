@@ -28,7 +28,6 @@ import itertools
 import json
 import math
 import random
-import statistics
 import sys
 from bisect import bisect_left
 from collections import deque
@@ -41,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.benchmark.environment import RESULTS, write_results
 from service.benchmark.mix import DEFAULT_MIX, MixEntry, load_mix
+from service.benchmark.summary import percentiles
 
 BALANCERS = ("random", "round-robin", "least-of-two", "least")
 ROWS_OF_A_GUIDED_IMAGE = 2
@@ -191,11 +191,6 @@ def capacity(mix: Sequence[MixEntry], max_rows: int, step_s: Callable[[int], flo
     return max_rows / step_s(max_rows) / (sum(row_steps) / sum(weights))
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """Of sorted values, the one that `share` of them do not exceed."""
-    return values[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
-
-
 def measure(
     mix: Sequence[MixEntry],
     *,
@@ -216,18 +211,18 @@ def measure(
     plan = list(arrivals(mix, share * each * present, images, draw))
     simulate(plan, num_replicas=present, max_rows=max_rows, step_s=step_s, balancer=balancer, draw=draw)
     counted = plan[int(len(plan) * WARM_UP) :]
-    waits = sorted(image.started_at - image.came_at for image in counted)
-    latencies = sorted(image.finished_at - image.came_at + after_s for image in counted)
+    waits = percentiles([image.started_at - image.came_at for image in counted]) or {}
+    latencies = percentiles([image.finished_at - image.came_at + after_s for image in counted]) or {}
     return {
         "replicas": replicas,
         "balancer": balancer,
         "share": share,
         "images_per_s": round(share * each * replicas, 3),
-        "wait_p50_s": round(quantile(waits, 0.5), 4),
-        "wait_p95_s": round(quantile(waits, 0.95), 4),
-        "latency_p50_s": round(quantile(latencies, 0.5), 4),
-        "latency_p95_s": round(quantile(latencies, 0.95), 4),
-        "latency_mean_s": round(statistics.fmean(latencies), 4),
+        "wait_p50_s": waits["p50"],
+        "wait_p95_s": waits["p95"],
+        "latency_p50_s": latencies["p50"],
+        "latency_p95_s": latencies["p95"],
+        "latency_mean_s": latencies["mean"],
     }
 
 

@@ -28,7 +28,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -53,6 +52,7 @@ from model.diffusion.samplers import SAMPLERS
 from model.pipeline import LaMambaPipeline
 from model.pretrained import default_model_dir
 from model.progress import progress_display
+from service.benchmark.server import free_port
 
 LEAVING, LATE, INVALID = 0.10, 0.05, 0.05
 """Shares of the requests."""
@@ -146,9 +146,7 @@ class Server:
     """`lamamba serve` on one port, through all its lives."""
 
     def __init__(self, folder: Path, log: IO[bytes]) -> None:
-        with socket.socket() as bound:
-            bound.bind(("127.0.0.1", 0))
-            self.port = int(bound.getsockname()[1])
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder, self.log = folder, log
         self.lives: list[dict[str, Any]] = []

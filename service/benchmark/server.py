@@ -17,7 +17,15 @@ from typing import Final
 
 import httpx
 
-__all__ = ["PORT", "RunningServer", "ServerNotStarted", "running_command", "running_server", "serve_command"]
+__all__ = [
+    "PORT",
+    "RunningServer",
+    "ServerNotStarted",
+    "free_port",
+    "running_command",
+    "running_server",
+    "serve_command",
+]
 
 PORT: Final = "{port}"
 """What stands for the port in a command."""
@@ -81,7 +89,7 @@ def running_command(
     `{port}` in the command stands for a free port; it runs in the repository's root. What it writes to stderr
     is repeated when it has ended. Raises ServerNotStarted where it ends, or is not ready after two minutes.
     """
-    port = str(_free_port())
+    port = str(free_port())
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LAMAMBA_")}
     arguments = [argument.replace(PORT, port) for argument in command]
     with TemporaryFile() as log:
@@ -140,7 +148,8 @@ def _wait_for(process: subprocess.Popen[bytes], url: str, started: float) -> flo
     raise ServerNotStarted(f"the server was not ready after {_START_LIMIT_S:.0f} s")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nothing listens on now."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         return int(bound.getsockname()[1])
