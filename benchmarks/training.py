@@ -50,8 +50,8 @@ from model.messages import one_line
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
 from model.recipes import load_recipe
-from model.train import Trainer
-from model.train_config import TrainConfig
+from model.training.config import TrainConfig
+from model.training.trainer import Trainer
 
 NUM_CLASSES = 21
 PROFILED_KERNELS = 40

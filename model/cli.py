@@ -48,8 +48,8 @@ def train(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with usage_errors():
         fields = load_recipe(config, overrides)
-        from model.train import train as run
-        from model.train_config import TrainConfig
+        from model.training.config import TrainConfig
+        from model.training.run import train as run
 
         folder = run(TrainConfig.from_dict(fields), device=device)
     if folder is None:

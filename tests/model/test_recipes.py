@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from model.recipes import load_recipe, recipe_names
-from model.train_config import TrainConfig
+from model.training.config import TrainConfig
 
 
 @pytest.mark.parametrize("name", recipe_names())

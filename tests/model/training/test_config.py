@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from model import default_model_dir
-from model.train_config import TrainConfig
+from model.training.config import TrainConfig
 
 REQUIRED = {"name": "tiny", "output_dir": "runs/tiny", "resolution": 128}
 

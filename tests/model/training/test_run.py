@@ -23,8 +23,9 @@ from model.data.latents import LatentCache
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import resolve_scan_backend
 from model.pipeline import LaMambaPipeline
-from model.train import Trainer, train
-from model.train_config import TrainConfig
+from model.training.config import TrainConfig
+from model.training.run import train
+from model.training.trainer import Trainer
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Relative, of losses and of the weights' change over five steps: bf16 roundings that fall differently. Other
