@@ -20,6 +20,7 @@ launching them takes, so where the two are equal the step is bound by the host.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
@@ -43,15 +44,18 @@ from model.benchmark.config import PRESETS, architecture
 from model.benchmark.environment import RESULTS, write_results
 from model.benchmark.forward import peer_name
 from model.benchmark.kernels import profile_kernels
-from model.benchmark.networks import DiTSize, EmbeddedOnce, build_dit, build_lamamba
+from model.benchmark.networks import DiTSize, EmbeddedOnce, build_dit, build_lamamba, dit_macs
 from model.benchmark.timing import release
 from model.data.latents import LatentCache
 from model.messages import one_line
-from model.network.lamamba import LaMambaDiff
+from model.network.macs import count_macs
 from model.network.scan import resolve_scan_backend
 from model.recipes import load_recipe
 from model.training.config import TrainConfig
+from model.training.network import TrainedNetwork, build_network
+from model.training.source import CachedSource
 from model.training.trainer import Trainer
+from model.training.world import World
 
 NUM_CLASSES = 21
 PROFILED_KERNELS = 40
@@ -166,7 +170,8 @@ def measure(arguments: argparse.Namespace, name: str, mode: str, batch: int) -> 
     device = torch.device(arguments.device)
     prepare = _prepared_network if arguments.networks else _prepared_recipe
     config, data, network = prepare(arguments, name, mode, batch)
-    trainer = Trainer(dataclasses.replace(config, cuda_graph=True), data, network)
+    source = CachedSource(data, rows=config.batch_size, seed=config.seed)
+    trainer = Trainer(dataclasses.replace(config, cuda_graph=True), source, network, World(device=device))
     forms = (True, False) if device.type == "cuda" else (False,)
     for graph in forms:
         facts = {
@@ -174,11 +179,11 @@ def measure(arguments: argparse.Namespace, name: str, mode: str, batch: int) -> 
             "compile": mode,
             "cuda_graph": graph,
             "batch_size": config.batch_size,
-            "scan_backend": getattr(network, "scan_backend", None),
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "scan_backend": getattr(network.module, "scan_backend", None),
+            "parameters": sum(parameter.numel() for parameter in network.module.parameters()),
         }
         # One trainer for both forms: weights, moments and average of two would not fit beside activations.
-        trainer.config = dataclasses.replace(config, cuda_graph=graph)
+        trainer.capture(graph)
         try:
             facts |= _row(trainer, arguments.steps)
             if arguments.profile:
@@ -187,32 +192,28 @@ def measure(arguments: argparse.Namespace, name: str, mode: str, batch: int) -> 
         except Exception as error:  # out of memory, or whatever a kernel or a compiler fails with
             facts |= {"failed": one_line(error), "out_of_memory": "out of memory" in str(error).lower()}
         yield facts
-        trainer._captured_step = None
-        network.zero_grad(set_to_none=True)
+        trainer.capture(False)
+        network.module.zero_grad(set_to_none=True)
         release(device)
 
 
 def _prepared_recipe(
     arguments: argparse.Namespace, recipe: str, mode: str, batch: int
-) -> tuple[TrainConfig, LatentCache, LaMambaDiff]:
+) -> tuple[TrainConfig, LatentCache, TrainedNetwork]:
     """`batch` is the recipe's own to set."""
     fields = load_recipe(recipe, ["autoencoder=" + str(default_model_dir(256) / "vae"), *arguments.set])
     config = TrainConfig.from_dict(fields | {"compile": mode})
     autoencoder = Autoencoder.load(config.autoencoder, arguments.device)
     data = _random_latents(autoencoder, config.resolution // autoencoder.downsampling, NUM_CLASSES)
-    torch.manual_seed(config.seed)
     sizes = config.network_config(
         num_classes=NUM_CLASSES, downsampling=autoencoder.downsampling, in_channels=4
     )
-    network = LaMambaDiff(**dataclasses.asdict(sizes))
-    network.to(data.labels.device)  # type: ignore[arg-type]  # diffusers' decorator hides `self`
-    network.use_scan_backend(resolve_scan_backend(config.scan_backend, data.labels.device))
-    return config, data, network.train()
+    return config, data, build_network(config, sizes, data.labels.device)
 
 
 def _prepared_network(
     arguments: argparse.Namespace, name: str, mode: Any, batch: int
-) -> tuple[TrainConfig, LatentCache, Any]:
+) -> tuple[TrainConfig, LatentCache, TrainedNetwork]:
     device, side = torch.device(arguments.device), arguments.side
     autoencoder = Autoencoder.load(default_model_dir(256) / "vae", device)
     config = TrainConfig(
@@ -223,15 +224,22 @@ def _prepared_network(
         compile=mode,
     )
     kind: dict[str, Any] = {"device": device, "dtype": torch.float32, "trainable": True}
-    network: nn.Module
+    module: nn.Module
     if name in PEERS:
-        network = EmbeddedOnce(build_dit(PEERS[name], side, **kind))
-        num_classes = DiTSize.of(PEERS[name]).num_classes
+        module = EmbeddedOnce(build_dit(PEERS[name], side, **kind))
+        num_classes, macs = DiTSize.of(PEERS[name]).num_classes, dit_macs(PEERS[name], side)["total"]
     else:
         sizes = architecture(name, side)
-        network = build_lamamba(name, side, d_state=sizes.d_state, **kind)
-        network.use_scan_backend(resolve_scan_backend(config.scan_backend, device))
-        num_classes = sizes.num_classes
+        module = build_lamamba(name, side, d_state=sizes.d_state, **kind)
+        module.use_scan_backend(resolve_scan_backend(config.scan_backend, device))
+        num_classes, macs = sizes.num_classes, count_macs(sizes).total
+    network = TrainedNetwork(
+        module=module,
+        null_label=num_classes,
+        label_dropout=0.0 if name in PEERS else 0.1,  # DiT drops its labels itself
+        macs=macs,
+        build=lambda: copy.deepcopy(module).eval(),
+    )
     return config, _random_latents(autoencoder, side, num_classes), network
 
 
@@ -246,9 +254,9 @@ def _row(trainer: Trainer, steps: int) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    losses = [float(trainer.train_step()["loss"])]
+    losses = [float(trainer.train_step().loss)]
     first_step_s = time.perf_counter() - started
-    losses += [float(trainer.train_step()["loss"]) for _ in range(4)]
+    losses += [float(trainer.train_step().loss) for _ in range(4)]
     wall_ms, host_ms = _timed(trainer.train_step, steps, device)
     peak = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None
     return {

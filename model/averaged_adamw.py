@@ -7,7 +7,7 @@ counted, on the device too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class AveragedAdamW:
     Attributes:
         skipped: 1 where the last step was skipped, else 0; fp32 scalar on the device.
         skipped_steps: the sum of `skipped`; fp32 scalar on the device.
+        skipped_in_a_row: steps skipped since the last that was not; fp32 scalar on the device.
     """
 
     def __init__(
@@ -34,17 +35,21 @@ class AveragedAdamW:
         max_grad_norm: float,
         average_decay: float,
         captured: bool,
+        sum_over_shards: Callable[[Tensor], None] | None = None,
     ) -> None:
         """`average_decay` is reached from below as (1 + step) / (10 + step), which forgets the first weights.
 
-        `captured`: the update will run inside a CUDA graph.
+        `captured`: the update will run inside a CUDA graph. `sum_over_shards`: where `parameters` are shards,
+        sums a scalar over the processes that hold the others, in place.
         """
         self.parameters, self.average = list(parameters), list(average)
         self.max_grad_norm, self.average_decay = max_grad_norm, average_decay
+        self._sum_over_shards = sum_over_shards
         # What the parameter groups must hold, also after moments of another run were loaded.
         self._settings = {"betas": betas, "weight_decay": weight_decay, "capturable": captured}
         device = self.parameters[0].device
-        self.skipped, self.skipped_steps = torch.ones((), device=device), torch.zeros((), device=device)
+        self.skipped = torch.ones((), device=device)
+        self.skipped_steps, self.skipped_in_a_row = (torch.zeros((), device=device) for _ in range(2))
         self._learning_rate, self._average_weight = (torch.zeros((), device=device) for _ in range(2))
         self._adamw = torch.optim.AdamW(
             self.parameters, lr=self._learning_rate, betas=betas, weight_decay=weight_decay, fused=True
@@ -63,9 +68,11 @@ class AveragedAdamW:
     @torch.no_grad()
     def step(self) -> Tensor:
         """Apply the parameters' gradients, then free them; returns their norm before clipping."""
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        grad_norm = self._grad_norm()
+        nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, grad_norm)
         self.skipped.copy_(~torch.isfinite(grad_norm))
         self.skipped_steps += self.skipped
+        self.skipped_in_a_row.add_(1).mul_(self.skipped)
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         # torch._foreach_lerp_, whose weight would have to be known to the host.
@@ -77,7 +84,12 @@ class AveragedAdamW:
     def state(self) -> list[Tensor]:
         """Every tensor that an update changes in place."""
         moments = [value for parameter in self.parameters for value in self._adamw.state[parameter].values()]
-        return [*self.parameters, *self.average, *moments, self.skipped, self.skipped_steps]
+        counts = [self.skipped, self.skipped_steps, self.skipped_in_a_row]
+        return [*self.parameters, *self.average, *moments, *counts]
+
+    def moments(self, name: str) -> list[Tensor]:
+        """Of each parameter, AdamW's own tensor called `name`: `exp_avg`, `exp_avg_sq` or `step`."""
+        return [self._adamw.state[parameter][name] for parameter in self.parameters]
 
     def state_dict(self) -> dict[str, Any]:
         """The moments, as torch.optim.AdamW keeps them, and `skipped_steps`; the parameters and their average
@@ -93,6 +105,16 @@ class AveragedAdamW:
         self._adamw.load_state_dict(state)
         self.skipped_steps.copy_(state["skipped_steps"])
         self._use_own_settings()
+
+    def _grad_norm(self) -> Tensor:
+        """Of all gradients as one vector, those of other shards included."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self._sum_over_shards is None:
+            return norm
+        square = norm.square()
+        self._sum_over_shards(square)
+        return square.sqrt()
 
     def _create_moments(self) -> None:
         """AdamW makes its moments at its first step: here one that is skipped, so that all state exists."""

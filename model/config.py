@@ -9,6 +9,7 @@ The released code and the paper differ in a few sizes; `docs/numerics.md` lists 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -133,7 +134,9 @@ class LaMambaConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(fields) - set(known))
         if unknown:
-            raise ValueError(f"{unknown[0]}: unknown field; the network has {', '.join(known)}")
+            near = difflib.get_close_matches(unknown[0], known)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"{unknown[0]}: unknown field of the network; {hint}")
         return cls(**fields)
 
     @classmethod

@@ -7,12 +7,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 __all__ = ["progress_display"]
 
 
-def progress_display() -> Progress:
-    """Description, bar, done/total, time so far and time left; shown inside `with`."""
+def progress_display(*, shown: bool = True) -> Progress:
+    """Description, bar, done/total, time so far and time left; shown inside `with`, or never."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        disable=not shown,
     )

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM as a flag that a loop reads where its state is whole.
+"""Ctrl-C, SIGTERM and SIGUSR1 as a flag that a loop reads where its state is whole.
+
+SIGTERM is what Kubernetes, torchrun and Slurm send, SIGUSR1 what Slurm is often told to send before it.
 
 Raised as an exception, an interrupt could fall between an update of the weights and the count of its images.
 """
@@ -12,19 +14,22 @@ from typing import Self
 
 __all__ = ["StopRequest"]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Inside `with`, the first SIGINT or SIGTERM is only noted; the next one does what it did before.
+    """Inside `with`, the first of the signals is only noted; the next one does what it did before.
 
     Outside the main thread, which alone receives signals, nothing is ever noted.
 
     Attributes:
         received: the signal, or None as long as there was none.
+        at_once: whether a signal ends the program where it comes, by SystemExit: set as long as there is
+            nothing to lose.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -39,12 +44,14 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What a shell reports of a program that this signal ended: 130 or 143; 0 without a signal."""
+        """What a shell reports of a program that this signal ended: 130, 143 or 138; 0 without a signal."""
         return 0 if self.received is None else 128 + self.received
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self._restore()
+        if self.at_once:
+            raise SystemExit(self.exit_code)
 
     def _restore(self) -> None:
         while self._previous:

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+from torch import nn
+
 from model.network.lamamba import LaMambaDiff
 
 __all__ = ["with_compiled_blocks"]
@@ -22,16 +25,27 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def with_compiled_blocks(
-    network: LaMambaDiff, function: Function, *, dynamic: bool | None = None
+    network: LaMambaDiff, function: Function, *, dynamic: bool | None = None, inside_hooks: bool = False
 ) -> Function:
     """Have the blocks of `network` compiled at their first call, and `function`, which runs it, allow that.
 
     `dynamic`: False compiles each batch size by itself; None, from the second size on, once for all others.
+    `inside_hooks`: leave the modules' hooks, e.g. those of FSDP, outside of what is compiled.
     """
     from torch._dynamo import config as dynamo_config  # seconds to import, like all of the compiler
 
-    network.compile_repeated_blocks(dynamic=dynamic, fullgraph=True)
+    if inside_hooks:
+        for block in network.modules():
+            if any(name in network._repeated_blocks for name in _class_names(block)):
+                block.forward = torch.compile(block.forward, dynamic=dynamic, fullgraph=True)
+    else:
+        network.compile_repeated_blocks(dynamic=dynamic, fullgraph=True)
     patched: Function = dynamo_config.patch(
         recompile_limit=_MAX_COMPILED_KINDS, accumulated_recompile_limit=4 * _MAX_COMPILED_KINDS
     )(function)
     return patched
+
+
+def _class_names(module: nn.Module) -> list[str]:
+    """With those that it inherits from: FSDP makes a class of its own of a module's."""
+    return [kind.__name__ for kind in type(module).__mro__]

@@ -47,22 +47,16 @@ class LabelEmbedding(nn.Module):
     """Labels `(B,)` int64 to `(B, C)`. Row `num_classes` is the null class; an unconditional network has that
     row alone.
 
-    In train mode each label becomes the null class with probability `dropout_prob`: the only place that drops
-    labels.
+    Labels are dropped by whoever trains the network, as a function of the sample (`training.trainer`).
     """
 
-    def __init__(self, num_classes: int, width: int, *, dropout_prob: float) -> None:
+    def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
         self.embedding = nn.Embedding(num_classes + 1, width)
 
     def forward(self, labels: Tensor) -> Tensor:
-        labels = self._with_null_row(labels)
-        if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
-            labels = labels.masked_fill(dropped, self.num_classes)
-        return self.embedding(labels)
+        return self.embedding(self._with_null_row(labels))
 
     def _with_null_row(self, labels: Tensor) -> Tensor:
         if self.num_classes == 0:

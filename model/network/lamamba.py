@@ -51,6 +51,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
     config_name: str = "config.json"  # type: ignore[assignment]  # diffusers declares None, to be set here
     # What compile_repeated_blocks compiles.
     _repeated_blocks = ("LaMambaBlock",)  # type: ignore[assignment]  # diffusers declares a list
+    _supports_gradient_checkpointing = True
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()
@@ -60,14 +61,13 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
             raise ValueError(f"out_channels: {out_channels} given; {architecture.out_channels} is accepted")
         self.register_to_config(**dataclasses.asdict(architecture), out_channels=architecture.out_channels)
         self.architecture = architecture
+        self.gradient_checkpointing = False  # set by diffusers' enable_gradient_checkpointing
         self.null_label = architecture.num_classes
         self._scan_backend = resolve_scan_backend("vectorized")
         width, conditioning = architecture.hidden_size, architecture.conditioning_size
 
         self.timestep_embed = TimestepEmbedding(conditioning)
-        self.label_embed = LabelEmbedding(
-            architecture.num_classes, conditioning, dropout_prob=architecture.class_dropout_prob
-        )
+        self.label_embed = LabelEmbedding(architecture.num_classes, conditioning)
         self.patch_embed = PatchEmbed(architecture.in_channels, width, patch_size=architecture.patch_size)
         self.position_embed = nn.Parameter(position_table(architecture.grid_side, width))
         self._build_stages()
@@ -236,23 +236,35 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         for blocks, merging, stage in zip(
             self.encoder, self.mergings, self.architecture.encoder_stages, strict=True
         ):
-            x = _run(blocks, x, vectors, grids[stage.side_divisor])
+            x = self._run(blocks, x, vectors, grids[stage.side_divisor])
             skips.append(x)
             x = merging(x)
 
         # Middle
         if len(self.middle):
-            x = x + _run(self.middle, x, vectors, grids[self.architecture.encoder_stages[-1].side_divisor])
+            x = x + self._run(
+                self.middle, x, vectors, grids[self.architecture.encoder_stages[-1].side_divisor]
+            )
 
         # Decoder
         for blocks, expanding, skip, stage in zip(
             self.decoder, self.expandings, self.skips, self.architecture.decoder_stages, strict=True
         ):
             x = skip(expanding(x), skips.pop())
-            x = _run(blocks, x, vectors, grids[stage.side_divisor])
+            x = self._run(blocks, x, vectors, grids[stage.side_divisor])
 
         sample = self.final_layer(x, next(vectors))  # (B, out_channels, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _run(self, blocks: nn.Module, x: Tensor, vectors: Iterator[Tensor], geometry: nn.Module) -> Tensor:
+        residual = Residual(x)
+        for block in blocks.children():
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                assert self._gradient_checkpointing_func is not None
+                residual = self._gradient_checkpointing_func(block, residual, next(vectors), geometry)
+            else:
+                residual = block(residual, next(vectors), geometry)
+        return residual.sum()
 
     def _grids(self, height: int, width: int) -> dict[int, nn.Module]:
         divisors = {stage.side_divisor for stage in self.architecture.encoder_stages}
@@ -318,13 +330,6 @@ def meta_network(config: LaMambaConfig) -> LaMambaDiff:
     """The network in eval mode without memory for its weights: keys, shapes and sizes alone."""
     with torch.device("meta"):
         return LaMambaDiff(**dataclasses.asdict(config)).eval()
-
-
-def _run(blocks: nn.Module, x: Tensor, vectors: Iterator[Tensor], geometry: nn.Module) -> Tensor:
-    residual = Residual(x)
-    for block in blocks.children():
-        residual = block(residual, next(vectors), geometry)
-    return residual.sum()
 
 
 def _geometry_key(height: int, width: int, divisor: int) -> str:

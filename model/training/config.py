@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 from dataclasses import dataclass, field
@@ -11,12 +12,18 @@ from typing import Any, Literal, Self
 from model.config import LaMambaConfig
 from model.pretrained import default_model_dir
 
-__all__ = ["SHIPPED_AUTOENCODER", "TrainConfig"]
+__all__ = ["PLACES", "SHIPPED_AUTOENCODER", "TrainConfig"]
 
 SHIPPED_AUTOENCODER = "places"
 """The name by which a recipe asks for the autoencoder in the package."""
 
-_FIXED_FIELDS = ("network", "resolution", "num_views", "batch_size", "seed")
+PLACES = "places"
+"""The name by which a recipe asks for the views in the package."""
+
+_FIXED_FIELDS = (
+    *("data", "network", "resolution", "num_views", "batch_size", "seed"),
+    *("ema_tracks", "ema_track_interval"),
+)
 _INTEGERS = {  # and their least values
     "resolution": 1,
     "num_views": 1,
@@ -25,12 +32,24 @@ _INTEGERS = {  # and their least values
     "log_every": 1,
     "warmup_images": 0,
     "seed": 0,
+    "micro_batch_size": 0,
+    "ema_track_interval": 1,
+    "snapshot_every": 0,
+    "keep_states": 1,
+    "keep_state_every": 0,
+    "sample_every": 0,
+    "rollback_after_steps": 1,
+    "max_rollbacks": 0,
 }
 _CHOICES = {
     "learning_rate_schedule": ("constant", "cosine"),
     "compile": ("none", "block", "full"),
     "gpu_dtype": ("bfloat16", "float16"),
     "cuda_graph": (False, True),
+    "parallel": ("auto", "none", "ddp", "fsdp"),
+    "activation_checkpointing": (False, True),
+    "async_save": (False, True),
+    "tensorboard": (False, True),
 }
 
 
@@ -48,6 +67,8 @@ class TrainConfig:
     """
     resolution: int
     """Side of the training images in pixels."""
+    data: str = PLACES
+    """`places`, the views in the package, or a folder that `lamamba prepare-latents` wrote."""
     network: dict[str, Any] = field(default_factory=dict)
     """Fields of LaMambaConfig; `preset: S|B|L|XL` may stand among them. `num_classes` follows from the data.
     """
@@ -56,7 +77,9 @@ class TrainConfig:
     num_images: int = 1_000_000
     """Images to train on in all."""
     batch_size: int = 256
-    """Images in one optimizer step."""
+    """Images in one optimizer step, of all processes together."""
+    micro_batch_size: int = 0
+    """Images that a process computes at a time, whose gradients add up to the step's; 0: its whole part."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     learning_rate_schedule: Literal["constant", "cosine"] = "constant"
@@ -69,6 +92,14 @@ class TrainConfig:
     """Gradients are scaled down to this norm; inf leaves them."""
     ema_decay: float = 0.9999
     """Decay of the weights' moving average a step, reached from below as (1 + step) / (10 + step)."""
+    ema_tracks: tuple[float, ...] = ()
+    """Further averages, of these lengths: standard deviations as shares of the training so far. With two,
+    0.05 and 0.1, `lamamba export --sigma-rel` makes other lengths of the snapshots.
+    """
+    ema_track_interval: int = 8
+    """Steps from one update of the tracks to the next: each moves as many bytes as the EMA."""
+    snapshot_every: int = 0
+    """Images from one snapshot of the tracks, in fp16, to the next; 0: none."""
     seed: int = 0
     initial_weights: str | None = None
     """A model folder whose transformer the run starts from, with fresh optimizer moments."""
@@ -81,27 +112,50 @@ class TrainConfig:
     the loss as a whole, which takes two to three times as long.
     """
     cuda_graph: bool = True
-    """On CUDA, launch each step as one CUDA graph; without it the host is slower than the device."""
+    """On CUDA, launch each step as one CUDA graph (ddp: two): the host can be slower than the device."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How torchrun's processes share the work: ddp has all parameters on each, fsdp a shard. auto: ddp."""
+    activation_checkpointing: bool = False
+    """Compute blocks again in the backward pass instead of keeping what they computed."""
+    rank_timeout_s: float = 600.0
+    """A process that is silent for so long is taken for lost, and the run ends."""
     scan_backend: str = "auto"
     state_every_s: float = 120.0
     """Seconds between saved states."""
+    keep_states: int = 2
+    """Saved states that are kept, the newest."""
+    keep_state_every: int = 0
+    """Beside those, the first state of each so many images is kept for good; 0: none."""
+    async_save: bool = False
+    """Go on while a state is written; it takes the host's memory for one more."""
     stop_after_s: float = math.inf
     """Save a state and stop after this many seconds; the same command goes on."""
     log_every: int = 50
     """Steps between log lines; only these wait for the device."""
+    rollback_after_steps: int = 100
+    """After so many steps in a row without finite gradients, go back to the newest state's weights."""
+    max_rollbacks: int = 3
+    """After so many of those the run gives up."""
+    sample_every: int = 500_000
+    """Images from one grid of samples to the next; 0: none."""
+    tensorboard: bool = True
+    """Write the log for TensorBoard too, if it is installed."""
+    wandb: str | None = None
+    """A project of Weights & Biases to log to."""
 
     def __post_init__(self) -> None:
-        for name in ("name", "output_dir", "autoencoder", "scan_backend"):
+        for name in ("name", "output_dir", "autoencoder", "data", "scan_backend"):
             self._require(name, _is_text(getattr(self, name)), "a text")
-        given = self.initial_weights
-        self._require("initial_weights", given is None or _is_text(given), "a model folder, or none,")
+        for name, accepted in (("initial_weights", "a model folder"), ("wandb", "a project's name")):
+            given = getattr(self, name)
+            self._require(name, given is None or _is_text(given), f"{accepted}, or none,")
         is_mapping = isinstance(self.network, dict) and all(isinstance(key, str) for key in self.network)
         self._require("network", is_mapping, "a mapping of LaMambaConfig's fields")
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
             is_integer = isinstance(value, int) and not isinstance(value, bool)
             self._require(name, is_integer and value >= least, f"an integer of at least {least}")
-        for name in ("learning_rate", "state_every_s"):
+        for name in ("learning_rate", "state_every_s", "rank_timeout_s"):
             value = getattr(self, name)
             self._require(name, _is_number(value) and 0 < value < math.inf, "a finite number above 0")
         for name in ("max_grad_norm", "stop_after_s"):
@@ -119,6 +173,11 @@ class TrainConfig:
             value = getattr(self, name)
             is_choice = any(value == choice and type(value) is type(choice) for choice in choices)
             self._require(name, is_choice, f"one of {', '.join(map(str, choices))}")
+        tracks = self.ema_tracks
+        is_valid = isinstance(tracks, list | tuple) and all(map(_is_track, tracks))
+        self._require("ema_tracks", is_valid, "a list of different numbers above 0, up to 0.2886,")
+        object.__setattr__(self, "ema_tracks", tuple(tracks))
+        self._require("ema_tracks", len(set(tracks)) == len(tracks), "a list of different numbers")
         is_shorter = self.warmup_images < self.num_images
         self._require("warmup_images", is_shorter, f"less than num_images, {self.num_images},")
 
@@ -134,7 +193,9 @@ class TrainConfig:
         known = {f.name: f for f in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
-                raise ValueError(f"{name}: unknown field; a training run has {', '.join(known)}")
+                near = difflib.get_close_matches(str(name), known)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+                raise ValueError(f"{name}: unknown field of a training run; {hint}")
         missing = [
             name
             for name, f in known.items()
@@ -150,6 +211,20 @@ class TrainConfig:
         """All fields as JSON's values, which compare equal after a way through a file."""
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return fields
+
+    def rank_batch_size(self, world_size: int) -> int:
+        """Images of a step that each of so many processes computes; ValueError where they do not divide."""
+        rows, rest = divmod(self.batch_size, world_size)
+        if rest or not rows:
+            raise ValueError(
+                f"batch_size: {self.batch_size} given; a multiple of the {world_size} processes is accepted"
+            )
+        if self.micro_batch_size and rows % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size: {self.micro_batch_size} given; a divisor of {rows}, the images of a step "
+                f"that each of {world_size} processes computes, is accepted"
+            )
+        return rows
 
     @property
     def autoencoder_source(self) -> str:
@@ -191,6 +266,10 @@ def _is_text(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_track(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 12**-0.5
 
 
 def _is_decay(value: Any) -> bool:

@@ -1,34 +1,66 @@
-"""The network that a run's configuration asks for."""
+"""The network that a run's configuration asks for, with what the training loop has to know of it."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from model.autoencoder import Autoencoder
+from model.config import LaMambaConfig
 from model.model_folder import load_network
 from model.network.lamamba import LaMambaDiff
+from model.network.macs import count_macs
 from model.network.scan import resolve_scan_backend
 from model.training.config import TrainConfig
 
-__all__ = ["build_network"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["TrainedNetwork", "build_network"]
 
 
-def build_network(
-    config: TrainConfig, *, num_classes: int, autoencoder: Autoencoder, device: torch.device
-) -> LaMambaDiff:
-    """In train mode on `device`, with its initial weights: a function of the seed, or `initial_weights`."""
-    architecture = config.network_config(
-        num_classes=num_classes,
-        downsampling=autoencoder.downsampling,
-        in_channels=autoencoder.latent_channels,
-    )
-    torch.manual_seed(config.seed)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainedNetwork:
+    """A network to be trained: `module(latents, timestep=t, class_labels=labels).sample`."""
+
+    module: Any
+    """In train mode, fp32, on the device."""
+    null_label: int
+    label_dropout: float
+    """Probability that a sample's label becomes the null label."""
+    macs: int
+    """Multiply-adds of one image's forward; a training step takes six operations for each."""
+    build: Callable[[], nn.Module]
+    """Another of the kind, with weights of its own, on the device and in eval mode."""
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Any:
+        """Such a network whose parameters have these values, for sampling and for export."""
+        module = self.build()
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(weights[name])
+        return module.requires_grad_(False)
+
+
+def build_network(config: TrainConfig, architecture: LaMambaConfig, device: torch.device) -> TrainedNetwork:
+    """With its initial weights: a function of the seed, or those of `initial_weights`.
+
+    ValueError where the latter do not fit.
+    """
+    backend = resolve_scan_backend(config.scan_backend, device)
+
+    def placed(network: LaMambaDiff) -> LaMambaDiff:
+        nn.Module.to(network, device)  # torch's own: diffusers' warns at every cast
+        network.use_scan_backend(backend)
+        return network
+
+    def build() -> LaMambaDiff:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+            return placed(LaMambaDiff(**dataclasses.asdict(architecture))).eval()
+
     if config.initial_weights is None:
+        torch.manual_seed(config.seed)
         network = LaMambaDiff(**dataclasses.asdict(architecture))
     else:
         network = load_network(config.initial_weights)
@@ -37,13 +69,17 @@ def build_network(
                 f"initial_weights: {config.initial_weights} holds {network.architecture}; "
                 f"{architecture} is accepted"
             )
-    network.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides `self` from the checker
-    network.use_scan_backend(resolve_scan_backend(config.scan_backend, device))
-    logger.info(
-        "%s: %.2f M parameters, scan %s, %s",
-        config.name,
-        sum(p.numel() for p in network.parameters()) / 1e6,
-        network.scan_backend,
-        device,
+    if config.activation_checkpointing:
+        # Blocks draw no random numbers, so there is no generator's state to put back.
+        network.enable_gradient_checkpointing(
+            lambda module, *inputs: torch.utils.checkpoint.checkpoint(
+                module, *inputs, use_reentrant=False, preserve_rng_state=False
+            )
+        )
+    return TrainedNetwork(
+        module=placed(network).train(),
+        null_label=architecture.num_classes,
+        label_dropout=architecture.class_dropout_prob if architecture.num_classes else 0.0,
+        macs=count_macs(architecture).total,
+        build=build,
     )
-    return network.train()

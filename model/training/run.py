@@ -1,152 +1,288 @@
 """A training run, from its configuration to the exported model: data, steps, saved states, the log.
 
 Progress is counted in images. A run's folder (`output_dir`) holds `config.json` (the resolved configuration),
-`states/` (resumable), `log.jsonl`, and at the end `model/`: the EMA weights as the folder that the service
-loads. The same command resumes. States are saved between steps alone: also on Ctrl-C and SIGTERM, but not
-after a fault, which would hide behind the fault of saving.
+`states/` (resumable), `log.jsonl`, `tensorboard/`, `samples/`, `snapshots/` of the averages, and at the end
+`model/`: the EMA weights as the folder that the service loads. The same command resumes, on as many processes
+as it likes. States are saved between steps alone: also on SIGINT, SIGTERM and SIGUSR1, but not after a fault,
+which would hide behind the fault of saving.
+
+All that can be refused is refused before a device computes anything.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
+import importlib.util
 import logging
+import math
+import os
+import shutil
+import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from rich.progress import Progress
-from torch import nn
 
-from model.autoencoder import Autoencoder
-from model.checkpoint import load_newest_state, save_state
-from model.data.latents import places_latents
-from model.data.places import Places
-from model.device import make_current, resolve_device
-from model.model_folder import local_folder, save_model_folder, write_json
+from model.config import LaMambaConfig
+from model.model_folder import write_json
+from model.network.lamamba import meta_network
 from model.preview import fit_preview_map, write_preview_map
 from model.progress import progress_display
 from model.stop_request import StopRequest
 from model.training.config import TrainConfig
+from model.training.data import TrainingData
+from model.training.export import export_run
 from model.training.network import build_network
+from model.training.samples import sample_grid
+from model.training.snapshots import write_snapshot
+from model.training.source import Source
+from model.training.states import SavedState, StateFolder, load_tensors, newest_state
 from model.training.trainer import Trainer
+from model.training.watch import Watch, peak_flops
+from model.training.world import World, launched_world_size, whole_tensor
 
-__all__ = ["train"]
+__all__ = ["Diverged", "train"]
 
 logger = logging.getLogger(__name__)
 
-# Pixels encoded at a time: 256 images of 256 px, about 6 GB of activations in bf16.
-_ENCODING_PIXELS = 2**24
 _PREVIEW_VIEWS = 64  # that the preview map is fitted to: 16,384 latent pixels at 128 px, for 15 unknowns
-_SCALING_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+class Diverged(RuntimeError):
+    """A run whose gradients stay non-finite, whatever it goes back to; one line for people."""
 
 
 def train(config: TrainConfig, *, device: torch.device | str | None = None) -> Path | None:
     """Run, or go on with, the run of `config`; the exported model folder, or None when `stop_after_s` came
     first.
 
-    Ctrl-C or SIGTERM during the training steps ends the program after the step: with a saved state, and with
-    exit code 130 or 143. A second one ends it at once.
+    SIGINT, SIGTERM or SIGUSR1 during the training steps, to any of the processes, ends the program after the
+    step: with a saved state, and with exit code 128 + the signal's number. Before the first step, where there
+    is nothing to save, and where a second one comes, it ends at once.
+
+    Raises ValueError for what cannot be run, Diverged for a run without finite gradients.
     """
-    device = resolve_device(device)
-    make_current(device)
-    output_dir = Path(config.output_dir)
-    started = time.monotonic()
-    state = load_newest_state(output_dir / "states")
-    module = Autoencoder.load(config.autoencoder_source).module
-    run = {"config": config.to_dict(), "autoencoder": _fingerprint(module)}
-    if state is not None:
-        _require_same_run(config, run, state["run"])
-    with progress_display() as progress:
-        places = Places.load(device=device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        nn.Module.to(module, device=device, dtype=dtype)  # torch's own: diffusers' warns at every cast
-        data = places_latents(
-            places,
-            Autoencoder(module, micro_batch_pixels=_ENCODING_PIXELS),
-            size=config.resolution,
-            num_views=config.num_views,
-            folder=output_dir / "latents",
-            progress=progress,
+    deadline = time.monotonic() + config.stop_after_s
+    config.rank_batch_size(launched_world_size())
+    _require_installed(config)
+    with StopRequest(at_once=True) as stop, warnings.catch_warnings():
+        # What torch.distributed.checkpoint says of a run of one process, which is one on purpose.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with World.joined(config.parallel, device=device, rank_timeout_s=config.rank_timeout_s) as world:
+            data = TrainingData.open(config, world.device)
+            architecture = config.network_config(
+                num_classes=len(data.labels),
+                downsampling=data.downsampling,
+                in_channels=data.latent_channels,
+            )
+            _require_room(config, architecture, world)
+            with progress_display(shown=world.is_main) as progress:
+                run = _Run(config, data, architecture, world, progress)
+                return run.whole(stop, deadline=deadline)
+
+
+class _Run:
+    """What belongs to one process's part of a run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TrainingData,
+        architecture: LaMambaConfig,
+        world: World,
+        progress: Progress,
+    ) -> None:
+        self.config, self.data, self.world, self.progress = config, data, world, progress
+        self.output_dir = Path(config.output_dir)
+        run = {
+            "config": config.to_dict(),
+            "autoencoder": data.autoencoder_fingerprint,
+            "data": data.digest,
+        }
+        self.facts: dict[str, Any] = {
+            "run": run,
+            "architecture": dataclasses.asdict(architecture),
+            "labels": list(data.labels),
+        }
+        self.states = StateFolder(
+            self.output_dir / "states",
+            world,
+            keep=config.keep_states,
+            keep_every=config.keep_state_every,
+            asynchronous=config.async_save,
         )
-        network = build_network(
-            config, num_classes=len(places.labels), autoencoder=data.autoencoder, device=device
-        )
-        trainer = Trainer(config, data, network)
+        state = newest_state(self.states.folder, world)
         if state is not None:
-            trainer.load_state_dict(state)
-            state = None  # frees the host's memory
-        write_json(output_dir / "config.json", run["config"])
-        if not _loop(trainer, run, output_dir, progress, deadline=started + config.stop_after_s):
-            return None
-    folder = output_dir / "model"
-    save_model_folder(
-        folder,
-        network=trainer.ema,
-        autoencoder=local_folder(config.autoencoder_source),
-        labels=places.labels,
-        name=config.name,
-        gpu_dtype=config.gpu_dtype,
-    )
-    latents = data.autoencoder.latents(data.moments[:_PREVIEW_VIEWS])  # (n, C, h, w)
-    write_preview_map(folder, fit_preview_map(latents, data.autoencoder.decode(latents))[0])
-    logger.info("exported %s after %d images", folder, trainer.images_seen)
-    return folder
+            _require_same_run(config, run, state.facts["run"])
+        self.source: Source = data.source(world, progress)
+        network = build_network(config, architecture, world.device)
+        parameters = sum(parameter.numel() for parameter in network.module.parameters())
+        logger.info(
+            "%s: %.2f M parameters, scan %s, %s, %d x %s",
+            config.name,
+            parameters / 1e6,
+            network.module.scan_backend,
+            world.parallel,
+            world.size,
+            world.device.type,
+        )
+        self.trainer = Trainer(config, self.source, network, world)
+        self.watch: Watch | None = None
+        self.rollbacks = 0
+        if state is not None:
+            self._go_on_from(state, images_seen=state.images_seen)
+            logger.info("resuming from %s", state.folder)
 
+    def whole(self, stop: StopRequest, *, deadline: float) -> Path | None:
+        """Train to the end; the exported folder, or None when the deadline came first."""
+        config, trainer, world = self.config, self.trainer, self.world
+        peak = peak_flops(world.device)
+        try:
+            if world.is_main:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                write_json(self.output_dir / "config.json", self.facts["run"]["config"])
+                self._write_previews()
+                self.watch = Watch(
+                    config,
+                    self.progress,
+                    images_seen=trainer.images_seen,
+                    macs=trainer.network.macs,
+                    peak=None if peak is None else peak * world.size,
+                    device=world.device,
+                )
+            trainer.prepare()
+            stop.at_once = False
+            if not self._steps(stop, deadline):
+                return None
+            self.states.finish()
+        finally:
+            self.source.close()
+            if self.watch is not None:
+                self.watch.close()
+        if world.is_main:
+            export_run(self.output_dir, self.output_dir / "model")
+        world.barrier()
+        return self.output_dir / "model"
 
-def _loop(
-    trainer: Trainer, run: dict[str, Any], output_dir: Path, progress: Progress, *, deadline: float
-) -> bool:
-    """Train to `num_images`; False when the deadline came first. `run` is kept in each state."""
-    config = trainer.config
-
-    def save() -> None:
-        save_state(output_dir / "states", trainer.images_seen, trainer.state_dict() | {"run": run})
-
-    task = progress.add_task(config.name, total=config.num_images, completed=trainer.images_seen)
-    saved_at, logged_at, logged_images = time.monotonic(), time.monotonic(), trainer.images_seen
-    with StopRequest() as stop:
+    def _steps(self, stop: StopRequest, deadline: float) -> bool:
+        """Train to `num_images`; False when the deadline came first."""
+        config, trainer, world = self.config, self.trainer, self.world
+        saved_at = time.monotonic()
         while trainer.images_seen < config.num_images:
-            losses = trainer.train_step()
+            trainer.train_step()
             finished = trainer.images_seen >= config.num_images
             if trainer.step % config.log_every == 0 or finished:
-                values = {name: round(float(value), 5) for name, value in losses.items()}
+                self._record()
                 now = time.monotonic()
-                speed = (trainer.images_seen - logged_images) / (now - logged_at)
-                logged_at, logged_images = now, trainer.images_seen
-                _log(output_dir / "log.jsonl", trainer, values, speed)
-                note = f"{config.name}  loss {values['loss']:.4f}  {speed:.0f} images/s"
-                progress.update(task, completed=trainer.images_seen, description=note)
-                if finished or now > deadline or now - saved_at > config.state_every_s:
-                    save()
+                late, due = world.shared((now > deadline, now - saved_at > config.state_every_s))
+                healthy = self._roll_back_if_needed()
+                if finished or late or (due and healthy):
+                    self._save()
                     saved_at = now
-                if now > deadline and not finished:
+                if late and not finished:
+                    self.states.finish()
                     return False
-            if stop.received is not None:
-                save()
+            if self._is_due(config.snapshot_every) or (finished and config.snapshot_every):
+                self._write_snapshot()
+            if self._is_due(config.sample_every):
+                self._draw_samples()
+            self.states.poll()
+            received = world.largest(stop.received or 0)
+            if received:
+                self._save()
+                self.states.finish()
                 logger.info(
                     "%s: stopped after %d images; the same command goes on",
-                    stop.received.name,
+                    signal.Signals(received).name,
                     trainer.images_seen,
                 )
-                raise SystemExit(stop.exit_code)
-    return True
+                raise SystemExit(128 + received)
+        return True
 
+    def _is_due(self, every: int) -> bool:
+        """Whether the last step passed a multiple of so many images; 0 never does."""
+        seen = self.trainer.images_seen
+        return bool(every) and seen // every > (seen - self.config.batch_size) // every
 
-def _log(path: Path, trainer: Trainer, values: dict[str, float], images_per_second: float) -> None:
-    record = {
-        "images": trainer.images_seen,
-        **values,
-        "skipped_steps": int(trainer.optimizer.skipped_steps),
-        "images_per_second": round(images_per_second, 1),
-    }
-    if trainer.device.type == "cuda":
-        record["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(trainer.device) / 2**30, 2)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    logger.info("%s", json.dumps(record))
+    def _record(self) -> None:
+        """Tell the means over the ranks since the last record; waits for the device."""
+        trainer = self.trainer
+        count, *sums = self.world.mean(trainer.window).tolist()
+        trainer.window.zero_()
+        means = [value / count if count else math.nan for value in sums]
+        if self.watch is not None:
+            values = dict(zip(("loss", "mse", "vb", "grad_norm"), means, strict=True))
+            skipped = int(trainer.optimizer.skipped_steps)
+            self.watch.record(trainer.images_seen, values, skipped_steps=skipped)
+
+    def _roll_back_if_needed(self) -> bool:
+        """Whether the last step had finite gradients. After too many without, take back the newest state.
+
+        The weights, not the position: the same samples would lead to the same end.
+        """
+        in_a_row = int(self.trainer.optimizer.skipped_in_a_row)
+        if in_a_row < self.config.rollback_after_steps:
+            return in_a_row == 0
+        images = self.trainer.images_seen
+        what = f"{in_a_row} steps in a row without finite gradients, up to image {images}"
+        self.states.finish()
+        state = newest_state(self.states.folder, self.world)
+        if state is None or self.rollbacks >= self.config.max_rollbacks:
+            reason = (
+                "there is no saved state yet" if state is None else f"{self.rollbacks} rollbacks did not help"
+            )
+            raise Diverged(
+                f"{what}, and {reason}. Try a lower learning_rate, max_grad_norm=1.0 or network.qk_norm=true"
+            )
+        self.rollbacks += 1
+        self._go_on_from(state, images_seen=images)
+        logger.warning(
+            "%s: rolled back to the weights after %d images, for the %d. of %d times, to go on with new samples",
+            *(what, state.images_seen, self.rollbacks, self.config.max_rollbacks),
+        )
+        return False
+
+    def _go_on_from(self, state: SavedState, *, images_seen: int) -> None:
+        load_tensors(state, self.trainer.tensors(), self.world)
+        self.trainer.go_on_from(images_seen)
+
+    def _save(self) -> None:
+        self.states.save(self.trainer.images_seen, self.trainer.tensors(), self.facts)
+
+    def _write_snapshot(self) -> None:
+        trainer = self.trainer
+        tensors = trainer.tensors()
+        tracks = {
+            sigma_rel: {name: whole_tensor(tensors[f"{track.name}/{name}"]) for name in trainer.parameters}
+            for sigma_rel, track in zip(self.config.ema_tracks, trainer.tracks, strict=True)
+        }
+        if self.world.is_main and tracks:
+            write_snapshot(self.output_dir / "snapshots", trainer.images_seen, tracks)
+
+    def _draw_samples(self) -> None:
+        weights = {name: whole_tensor(average) for name, average in self.trainer.ema.items()}
+        if self.watch is not None:
+            pixels = sample_grid(
+                self.trainer.network.with_weights(weights),
+                self.source.autoencoder,
+                self.data.labels,
+                device=self.world.device,
+                gpu_dtype=self.config.gpu_dtype,
+            )
+            self.watch.picture(self.trainer.images_seen, pixels)
+        self.world.barrier()
+
+    def _write_previews(self) -> None:
+        """The map for pictures of unfinished images: it is the autoencoder's, whatever the network learns."""
+        self.source.prepare(0)
+        moments, _ = self.source.rows(slice(0, _PREVIEW_VIEWS))
+        latents = self.source.autoencoder.latents(moments)  # (n, C, h, w)
+        write_preview_map(
+            self.output_dir, fit_preview_map(latents, self.source.autoencoder.decode(latents))[0]
+        )
 
 
 def _require_same_run(config: TrainConfig, run: dict[str, Any], earlier: dict[str, Any]) -> None:
@@ -158,12 +294,44 @@ def _require_same_run(config: TrainConfig, run: dict[str, Any], earlier: dict[st
             f"{config.output_dir} learns the latents of {earlier['config']['autoencoder']} with weights "
             f"{earlier['autoencoder']}, continue with those or choose another output_dir"
         )
+    if run["data"] != earlier["data"]:
+        raise ValueError(
+            f"data: {config.data} with digest {run['data'][:12]} given; the run in {config.output_dir} was "
+            f"started on {earlier['data'][:12]}, continue with that or choose another output_dir"
+        )
     for name, (before, now) in changes.items():
         logger.info("%s: %r from here on, %r before", name, now, before)
 
 
-def _fingerprint(module: AutoencoderKL) -> str:
-    """16 hex digits of all that latents depend on: the weights, as stored, and the scaling."""
-    scaling = json.dumps({name: module.config.get(name) for name in _SCALING_FIELDS})
-    weights = Autoencoder(module).weights_hash
-    return hashlib.sha256(f"{weights} {scaling}".encode()).hexdigest()[:16]
+def _require_installed(config: TrainConfig) -> None:
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb: not installed; pip install 'lamamba[wandb]', or leave the field out")
+
+
+def _require_room(config: TrainConfig, architecture: LaMambaConfig, world: World) -> None:
+    """ValueError where disk or memory cannot hold the run's state, whatever else it needs."""
+    parameters = sum(parameter.numel() for parameter in meta_network(architecture).parameters())
+    state_bytes = 4 * parameters * (4 + len(config.ema_tracks))  # weights, two moments, EMA
+    folder = Path(config.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    kept = sum(file.stat().st_size for file in (Path(config.output_dir) / "states").rglob("*.distcp"))
+    needed, free = (config.keep_states + 1) * state_bytes - kept, shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"output_dir: {config.output_dir} has {free / 2**30:.1f} GiB free; {needed / 2**30:.1f} GiB are "
+            f"needed for {config.keep_states} states of {state_bytes / 2**30:.1f} GiB, and one more while it "
+            "is written"
+        )
+    shards = world.size if world.parallel == "fsdp" else 1
+    needed = (state_bytes + 4 * parameters) // shards  # with the gradients
+    if world.device.type == "cuda":
+        there = torch.cuda.mem_get_info(world.device)[1]
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if there < needed:
+        raise ValueError(
+            f"network: {parameters / 1e6:.0f} M parameters given; weights, gradients, moments and averages "
+            f"take {needed / 2**30:.1f} GiB, {world.device} has {there / 2**30:.1f}: parallel=fsdp on more "
+            "devices shares them"
+        )

@@ -187,13 +187,6 @@ def test_forward_in_eval_mode_repeats_bit_for_bit() -> None:
     assert torch.equal(network(*inputs()).sample, network(*inputs()).sample)
 
 
-def test_forward_in_train_mode_drops_labels() -> None:
-    network = network_with_effects(dataclasses.replace(TINY, class_dropout_prob=1.0)).train()
-    latents, timestep, labels = inputs()
-    dropped = network(latents, timestep, labels).sample
-    assert torch.equal(dropped, network.eval()(latents, timestep, torch.full_like(labels, 5)).sample)
-
-
 def test_forward_takes_a_scalar_timestep_and_returns_a_tuple_if_asked() -> None:
     network = network_with_effects()
     latents, _, labels = inputs()

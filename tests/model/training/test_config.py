@@ -49,7 +49,8 @@ def _config(**fields: Any) -> TrainConfig:
         ({"autoencoder": ""}, "autoencoder: '' given; a text is accepted"),
         ({"name": 3}, "name: 3 given; a text is accepted"),
         ({"initial_weights": 3}, "initial_weights: 3 given; a model folder, or none, is accepted"),
-        ({"epochs": 3}, "epochs: unknown field"),
+        ({"epochs": 3}, "epochs: unknown field of a training run; it has name,"),
+        ({"batchsize": 3}, r"batchsize: unknown field of a training run; did you mean batch_size"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -20,12 +19,14 @@ from diffusers import AutoencoderKL
 from model.autoencoder import Autoencoder
 from model.averaged_adamw import AveragedAdamW
 from model.data.latents import LatentCache
-from model.network.lamamba import LaMambaDiff
-from model.network.scan import resolve_scan_backend
 from model.pipeline import LaMambaPipeline
 from model.training.config import TrainConfig
+from model.training.network import build_network
+from model.training.objective import Losses
 from model.training.run import train
+from model.training.source import CachedSource
 from model.training.trainer import Trainer
+from model.training.world import World
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Relative, of losses and of the weights' change over five steps: bf16 roundings that fall differently. Other
@@ -108,11 +109,10 @@ def test_a_step_with_non_finite_gradients_changes_nothing(
     steps: list[dict[str, torch.Tensor]] = []
     original = Trainer._mean_losses
 
-    def poisoned(self: Trainer, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        weights = [*self.network.state_dict().items(), *self.ema.state_dict(prefix="ema.").items()]
-        steps.append({name: value.clone() for name, value in weights})
-        loss, mse, vb = original(self, *args)
-        return (loss * torch.nan if len(steps) == 2 else loss), mse, vb
+    def poisoned(self: Trainer, *args: torch.Tensor) -> Losses:
+        steps.append({name: value.clone() for name, value in self.tensors().items() if "/" in name})
+        losses = original(self, *args)
+        return losses._replace(loss=losses.loss * torch.nan) if len(steps) == 2 else losses
 
     monkeypatch.setattr(Trainer, "_mean_losses", poisoned)
     config = make_config("poisoned", num_images=32)
@@ -134,16 +134,22 @@ def _trainer(config: TrainConfig, device: str) -> Trainer:
         torch.randint(21, (24,), generator=generator).to(device),
         Autoencoder.load(config.autoencoder, device),
     )
-    torch.manual_seed(0)
     architecture = config.network_config(num_classes=21, downsampling=2, in_channels=4)
-    network = LaMambaDiff(**dataclasses.asdict(architecture))
-    network.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides `self` from the checker
-    network.use_scan_backend(resolve_scan_backend("auto", device))
-    return Trainer(config, data, network.train())
+    where = torch.device(device)
+    source = CachedSource(data, rows=config.batch_size, seed=config.seed)
+    return Trainer(config, source, build_network(config, architecture, where), World(device=where))
 
 
 def _steps(trainer: Trainer, count: int) -> torch.Tensor:
-    return torch.stack([torch.stack(list(trainer.train_step().values())) for _ in range(count)]).cpu()
+    return torch.stack([torch.stack(trainer.train_step()) for _ in range(count)]).cpu()
+
+
+def _copy_state(source: Trainer, target: Trainer) -> None:
+    saved = source.tensors()
+    with torch.no_grad():
+        for name, tensor in target.tensors().items():
+            tensor.copy_(saved[name])
+    target.go_on_from(source.images_seen)
 
 
 def _assert_same_run(
@@ -162,7 +168,7 @@ def test_trainer_goes_on_from_a_state_dict(make_config: Callable[..., TrainConfi
     losses = _steps(straight, 5)
     first, second = _trainer(config, "cpu"), _trainer(config, "cpu")
     _steps(first, 2)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    _copy_state(first, second)
     assert torch.equal(_steps(second, 3), losses[2:])
     for a, b in zip(straight.optimizer.state(), second.optimizer.state(), strict=True):
         assert torch.equal(a, b)
@@ -181,7 +187,7 @@ def test_captured_steps_are_the_steps(make_config: Callable[..., TrainConfig], c
     start = [parameter.detach().clone() for parameter in called.optimizer.parameters]
     expected = _steps(called, 5)
     torch.testing.assert_close(_steps(captured, 5), expected, rtol=CAPTURE_TOLERANCE["losses"], atol=1e-6)
-    assert captured._captured_step is not None
+    assert captured._captures
     assert captured.optimizer.skipped_steps == 0
     _assert_same_run(called.optimizer.parameters, captured.optimizer.parameters, start)
     _assert_same_run(called.optimizer.average, captured.optimizer.average, start)
@@ -197,7 +203,7 @@ def test_captured_run_resumes(make_config: Callable[..., TrainConfig]) -> None:
     first, second = _trainer(config, "cuda"), _trainer(config, "cuda")
     _steps(first, 2)
     _steps(second, 1)  # so that it must capture anew
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    _copy_state(first, second)
     resumed = _steps(second, 3)
     torch.testing.assert_close(resumed, losses[2:], rtol=CAPTURE_TOLERANCE["losses"], atol=1e-6)
     _assert_same_run(straight.optimizer.parameters, second.optimizer.parameters, start)
@@ -275,7 +281,7 @@ def test_a_fault_is_not_hidden_by_saving(
     """After a device fault its memory cannot be read: saving would raise another error."""
 
     def fault(_: Trainer) -> None:
-        monkeypatch.setattr(Trainer, "state_dict", fault)
+        monkeypatch.setattr(Trainer, "tensors", fault)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(Trainer, "train_step", fault)

@@ -1,0 +1,144 @@
+"""A run's saved state as the folder that the service loads, with a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import LaMambaConfig
+from model.model_folder import local_folder, save_model_folder
+from model.network.lamamba import LaMambaDiff, meta_network
+from model.preview import PREVIEW_FILE
+from model.training.averages import track_name
+from model.training.config import PLACES, TrainConfig
+from model.training.snapshots import average_of_length
+from model.training.states import SavedState, load_tensors, read_state, state_folders
+
+__all__ = ["export_run"]
+
+logger = logging.getLogger(__name__)
+
+
+def export_run(
+    output_dir: Path,
+    target: Path,
+    *,
+    images_seen: int | None = None,
+    weights: str = "ema",
+    sigma_rel: float | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> int:
+    """Write the model folder `target` from a run's state, by default the newest; its images.
+
+    Args:
+        images_seen: which of the kept states, or of the snapshots where `sigma_rel` needs them.
+        weights: ema, or network for the weights themselves.
+        sigma_rel: the length of a power-function average instead: a track of the run, or any other that its
+            snapshots make up.
+        metrics: figures for the model card.
+
+    Raises ValueError where the run has no such state.
+    """
+    names = [folder.name for folder in state_folders(output_dir / "states")]
+    of_a_state = images_seen is None or f"state-{images_seen:012d}" in names
+    state = _find_state(output_dir, images_seen if of_a_state or sigma_rel is None else None)
+    config = TrainConfig.from_dict(state.facts["run"]["config"])
+    architecture = LaMambaConfig.from_dict(state.facts["architecture"])
+    if sigma_rel is None:
+        kind = {"ema": "ema", "network": "network"}.get(weights)
+        if kind is None:
+            raise ValueError(f"weights: {weights!r} given; ema or network is accepted")
+        values, taken = _saved_weights(state, kind, architecture), state.images_seen
+        described = f"moving average, decay {config.ema_decay:g}" if kind == "ema" else "the last step's"
+    elif sigma_rel in config.ema_tracks and of_a_state:
+        values, taken = _saved_weights(state, track_name(sigma_rel), architecture), state.images_seen
+        described = f"power-function average, sigma_rel {sigma_rel:g}"
+    else:
+        values, taken = average_of_length(output_dir / "snapshots", sigma_rel, images_seen=images_seen)
+        described = f"power-function average, sigma_rel {sigma_rel:g}, of snapshots"
+    network = LaMambaDiff(**dataclasses.asdict(architecture))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(values[name])
+    labels = state.facts["labels"]
+    save_model_folder(
+        target,
+        network=network,
+        autoencoder=local_folder(config.autoencoder_source),
+        labels=labels,
+        name=config.name,
+        gpu_dtype=config.gpu_dtype,
+    )
+    previews = output_dir / PREVIEW_FILE
+    if previews.is_file():
+        shutil.copyfile(previews, target / PREVIEW_FILE)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    card = model_card(config, state, described, images_seen=taken, parameters=parameters, metrics=metrics)
+    (target / "README.md").write_text(card, encoding="utf-8")
+    logger.info("exported %s after %d images", target, taken)
+    return taken
+
+
+def model_card(
+    config: TrainConfig,
+    state: SavedState,
+    weights: str,
+    *,
+    images_seen: int,
+    parameters: int,
+    metrics: Mapping[str, Any] | None = None,
+) -> str:
+    """A card in the hub's format: what the model is, what it saw, and how it was measured."""
+    facts = state.facts
+    data = f"{config.num_views:,} views of `places`" if config.data == PLACES else f"`{config.data}`"
+    rows = {
+        "network": f"LaMamba-Diff, {parameters / 1e6:.2f} M parameters",
+        "weights": weights,
+        "data": f"{data}, {len(facts['labels'])} classes, digest {facts['run']['data'][:12]}",
+        "resolution": f"{config.resolution} px",
+        "autoencoder": f"`{config.autoencoder}`, {facts['run']['autoencoder']}",
+        "images seen": f"{images_seen:,}",
+        "steps": f"{images_seen // config.batch_size:,} of {config.batch_size} images",
+        "learning rate": f"{config.learning_rate:g}, {config.learning_rate_schedule}",
+        "seed": str(config.seed),
+    }
+    rows |= {name: str(value) for name, value in (metrics or {}).items()}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        "---\nlicense: apache-2.0\nlibrary_name: diffusers\ntags: [class-conditional]\n---\n"
+        f"# {config.name}\n\nA class-conditional latent diffusion model, trained by `lamamba train`.\n\n"
+        f"| | |\n| - | - |\n{table}\n\n"
+        "The licence is that of the code; the data and the autoencoder have their own.\n\n"
+        f"```json\n{json.dumps(facts['run']['config'], indent=1)}\n```\n"
+    )
+
+
+def _find_state(output_dir: Path, images_seen: int | None) -> SavedState:
+    """A whole state of the run: that of `images_seen`, or the newest."""
+    folders = state_folders(output_dir / "states")
+    kept = []
+    for folder in folders:
+        state = read_state(folder)
+        if state is not None and images_seen in (None, state.images_seen):
+            return state
+        kept.append(folder.name.removeprefix("state-").lstrip("0") or "0")
+    if not folders:
+        raise ValueError(f"run: {output_dir} given; a run's folder with saved states is accepted")
+    if images_seen is None:
+        raise ValueError(f"run: {output_dir} given; none of its states is whole")
+    raise ValueError(f"images: {images_seen} given; the run has states of {', '.join(kept)} images")
+
+
+def _saved_weights(state: SavedState, kind: str, architecture: LaMambaConfig) -> dict[str, Tensor]:
+    shapes = {name: parameter.shape for name, parameter in meta_network(architecture).named_parameters()}
+    tensors = {f"{kind}/{name}": torch.empty(shape) for name, shape in shapes.items()}
+    load_tensors(state, tensors)
+    return {name: tensors[f"{kind}/{name}"] for name in shapes}

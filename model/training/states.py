@@ -1,0 +1,257 @@
+"""Saved states of a run: written whole or not at all, and the newest whole one found again.
+
+A state is a folder `state-<images>` of torch.distributed.checkpoint's files, of which each rank writes its
+part, and of `run.json`, which says what they belong to. It is written under another name, flushed to the disk
+and renamed; then `latest` names it, and only then are older ones removed. All ranks see one file system.
+
+A state that the disk damaged is renamed to `*.damaged`, so that it never counts as one again. Each tensor's
+record has a checksum, which is looked at before anything is loaded. What was saved by some ranks is loaded by
+any other number of them, under ddp or fsdp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+import zlib
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+from model.training.world import World
+from model.whole_file import whole_file
+
+__all__ = [
+    "FACTS_FILE",
+    "VERSION",
+    "SavedState",
+    "StateFolder",
+    "load_tensors",
+    "newest_state",
+    "state_folders",
+]
+
+logger = logging.getLogger(__name__)
+
+VERSION = 2  # 1 were single files
+FACTS_FILE = "run.json"
+_LATEST_FILE = "latest"
+_METADATA_FILE = ".metadata"
+_NAME = re.compile(r"state-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """A state that was found whole."""
+
+    folder: Path
+    images_seen: int
+    facts: dict[str, Any]
+    """What `StateFolder.save` was given."""
+
+
+class StateFolder:
+    """The states of a run; all ranks call its methods together."""
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+        asynchronous: bool = False,
+    ) -> None:
+        """`keep` newest states are kept, and for good the first of each `keep_every` images.
+
+        `asynchronous`: `save` returns once the state is copied to the host's memory.
+        """
+        self.folder, self._world = folder, world
+        self._keep, self._keep_every, self._asynchronous = keep, keep_every, asynchronous
+        self._pending: tuple[Future[Any], Path, Path, dict[str, Any]] | None = None
+
+    def save(self, images_seen: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write `tensors` and what they belong to, plain values."""
+        self.finish()
+        path = self.folder / f"state-{images_seen:012d}"
+        temporary = self.folder / f".{path.name}.tmp"
+        if self._world.is_main:
+            for left in self.folder.glob(".state-*.tmp"):
+                shutil.rmtree(left)
+            temporary.mkdir(parents=True)
+        self._world.barrier()
+        content = {"version": VERSION, "images_seen": images_seen, "world_size": self._world.size} | facts
+        options: dict[str, Any] = {
+            "storage_writer": FileSystemWriter(temporary),
+            "process_group": self._world.saving,
+            "no_dist": self._world.saving is None,
+        }
+        if self._asynchronous:
+            future = async_save(dict(tensors), **options)
+            assert isinstance(future, Future)
+            self._pending = future, temporary, path, content
+            return
+        save(dict(tensors), **options)
+        self._publish(temporary, path, content)
+
+    def poll(self) -> None:
+        """Publish a state whose writing has ended."""
+        if self._pending is not None and self._pending[0].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the state that is being written, if any; raises what writing it raised."""
+        if self._pending is not None:
+            future, temporary, path, content = self._pending
+            self._pending = None
+            future.result()
+            self._publish(temporary, path, content)
+
+    def _publish(self, temporary: Path, path: Path, content: dict[str, Any]) -> None:
+        if not self._world.is_main:
+            return
+        metadata = (temporary / _METADATA_FILE).read_bytes()
+        sizes = {file.name: file.stat().st_size for file in sorted(temporary.glob("*.distcp"))}
+        content |= {"metadata_sha256": hashlib.sha256(metadata).hexdigest(), "files": sizes}
+        with whole_file(temporary / FACTS_FILE) as file:
+            file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _flush_folder(temporary)
+        if path.exists():  # the same state of a run that was stopped at once after it went on
+            _remove(path)
+        temporary.replace(path)
+        _flush_folder(self.folder)
+        with whole_file(self.folder / _LATEST_FILE) as file:
+            file.write_text(path.name + "\n", encoding="utf-8")
+        self._prune(path)
+
+    def _prune(self, newest: Path) -> None:
+        others = [folder for folder in state_folders(self.folder) if folder != newest]
+        kept = {newest, *others[: self._keep - 1]}
+        if self._keep_every:
+            first: dict[int, Path] = {}
+            for folder in reversed(others):
+                first.setdefault(_images(folder) // self._keep_every, folder)
+            kept |= {folder for part, folder in first.items() if part > 0}
+        for folder in others:
+            if folder not in kept:
+                _remove(folder)
+
+
+def state_folders(folder: Path) -> list[Path]:
+    """Newest first; none where `folder` does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def newest_state(folder: Path, world: World) -> SavedState | None:
+    """The newest whole state of `folder`, or None; damaged ones are set aside. All ranks call it together.
+
+    Raises ValueError for a state of another version of this format.
+    """
+    for path in world.shared([str(path) for path in state_folders(folder)]):
+        state = read_state(Path(path), part=world.rank, parts=world.size)
+        if not world.largest(state is None):
+            return state
+        if world.is_main:
+            aside = Path(path).with_name(f"{Path(path).name}.damaged")
+            if aside.exists():
+                shutil.rmtree(aside)
+            Path(path).replace(aside)
+            logger.warning("%s: damaged, now %s; falling back to the state before it", path, aside.name)
+        world.barrier()
+    return None
+
+
+def read_state(folder: Path, *, part: int = 0, parts: int = 1) -> SavedState | None:
+    """The state in `folder`, or None where it is damaged; of `parts` equal parts, `part` is looked at."""
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        metadata = (folder / _METADATA_FILE).read_bytes()
+    except (OSError, ValueError):
+        return None
+    if facts.get("version") != VERSION:
+        raise ValueError(f"{folder}: version {facts.get('version')} of a saved state; {VERSION} is accepted")
+    if hashlib.sha256(metadata).hexdigest() != facts["metadata_sha256"]:
+        return None
+    for name, size in facts["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            return None
+    records = sorted(_metadata(folder).storage_data.items(), key=lambda item: str(item[0]))
+    for _, record in records[part::parts]:
+        with (folder / record.relative_path).open("rb") as file:
+            file.seek(record.offset)
+            if not _is_whole(file.read(record.length)):
+                return None
+    return SavedState(folder=folder, images_seen=int(facts["images_seen"]), facts=facts)
+
+
+def load_tensors(state: SavedState, tensors: dict[str, Tensor], world: World | None = None) -> None:
+    """Fill `tensors` in place with what the state has under their names; all ranks call it together.
+
+    Raises ValueError for a tensor that the state does not have, or has in another shape.
+    """
+    saved = _metadata(state.folder).state_dict_metadata
+    for name, tensor in tensors.items():
+        entry = saved.get(name)
+        if not isinstance(entry, TensorStorageMetadata) or entry.size != tensor.shape:
+            found = (
+                f"has shape {tuple(entry.size)}" if isinstance(entry, TensorStorageMetadata) else "is missing"
+            )
+            raise ValueError(f"{state.folder}: {name} {found}; shape {tuple(tensor.shape)} is accepted")
+    group = None if world is None else world.saving
+    load(
+        dict(tensors),
+        storage_reader=FileSystemReader(state.folder),
+        process_group=group,
+        no_dist=group is None,
+    )
+
+
+def _metadata(folder: Path) -> Metadata:
+    return FileSystemReader(folder).read_metadata()
+
+
+def _is_whole(record: bytes) -> bool:
+    """Whether the archive that a record is agrees with its checksums, at which torch does not look."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(record)) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError):
+        return False  # all but the first: lengths, methods and flags that make no sense
+
+
+def _images(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: half a state must never look like one."""
+    doomed = folder.with_name(f".{folder.name}.tmp")
+    folder.replace(doomed)
+    shutil.rmtree(doomed)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

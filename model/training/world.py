@@ -1,0 +1,189 @@
+"""The processes of a run: one, or those that torchrun started, on any number of nodes.
+
+Two ways to share a batch: `ddp` keeps everything on every rank and sums the gradients, `fsdp` (FSDP2) gives
+each rank a shard of parameters, moments and averages. Tensors travel by NCCL on CUDA and by gloo on the CPU.
+What the ranks agree on (signals, ends, failures) travels by a gloo group of its own, which never waits for a
+device, and which gives up on a silent rank after `rank_timeout_s`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from model.device import make_current, resolve_device
+
+Value = TypeVar("Value")
+
+__all__ = [
+    "World",
+    "launched_world_size",
+    "local_shard",
+    "shard_network",
+    "sharded_like",
+    "sum_over_ranks",
+    "whole_tensor",
+]
+
+
+def launched_world_size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class World:
+    """This process among those of the run."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    parallel: str = "none"
+    """none, ddp or fsdp."""
+    mesh: DeviceMesh | None = None
+    """The ranks as FSDP shards over them."""
+    control: Any = None
+    """The gloo group; None in a run of one process without torchrun."""
+    saving: Any = None
+    """Another, for saved states, which a thread may write."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes and logs."""
+        return self.rank == 0
+
+    @classmethod
+    @contextmanager
+    def joined(
+        cls, parallel: str, *, device: torch.device | str | None = None, rank_timeout_s: float = 600.0
+    ) -> Iterator[World]:
+        """The world while the block runs. `parallel`: auto (ddp where torchrun started several processes),
+        none, ddp or fsdp. `device` is for a single process; ranks take the CUDA device of their number.
+
+        Raises ValueError where `parallel` does not fit how the process was started.
+        """
+        size = launched_world_size()
+        if parallel == "auto":
+            parallel = "ddp" if size > 1 else "none"
+        if parallel == "none":
+            if size > 1:
+                raise ValueError(
+                    f"parallel: 'none' given to {size} processes of torchrun; auto, ddp or fsdp is accepted"
+                )
+            device = resolve_device(device)
+            make_current(device)
+            yield cls(device=device)
+            return
+        if "RANK" not in os.environ:
+            raise ValueError(
+                f"parallel: {parallel!r} given without torchrun; start it as "
+                "`torchrun --nproc-per-node N -m model.cli train ...`, or leave parallel=auto"
+            )
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+        on_cuda = torch.cuda.is_available() and str(device) != "cpu"
+        device = resolve_device(f"cuda:{local_rank}" if on_cuda else "cpu")
+        make_current(device)
+        timeout = timedelta(seconds=rank_timeout_s)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
+        try:
+            control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+            mesh = init_device_mesh(device.type, (size,)) if parallel == "fsdp" else None
+            yield cls(
+                device=device,
+                rank=rank,
+                size=size,
+                parallel=parallel,
+                mesh=mesh,
+                control=control,
+                saving=saving,
+            )
+        finally:
+            dist.destroy_process_group()
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' numbers, on every rank.
+
+        Raises RuntimeError that says what to do where a rank does not answer in time.
+        """
+        if self.control is None:
+            return value
+        number = torch.tensor(value)
+        try:
+            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.control)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size}: another rank is gone, or has been silent for the whole of "
+                "rank_timeout_s; its log says why. The same command goes on from the newest saved state"
+            ) from error
+        return int(number)
+
+    def shared(self, value: Value) -> Value:
+        """The main rank's value, on every rank."""
+        if self.control is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Means over the ranks, of a tensor on the device or on the host."""
+        if self.size == 1:
+            return values
+        summed = values.clone()
+        dist.all_reduce(summed)
+        return summed / self.size
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.largest(0)
+
+
+def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
+    """FSDP2: the parameters of `network` as shards over the ranks of `mesh`, gathered block by block.
+
+    A block's maps of the conditioning are gathered by themselves: the network runs them all before its first
+    block (`LaMambaDiff.conditioning`).
+    """
+    repeated = tuple(getattr(network, "_repeated_blocks", None) or ())
+    for block in [module for module in network.modules() if type(module).__name__ in repeated]:
+        maps = [getattr(block, name, None) for name in ("conditioning_proj", "modulation")]
+        for module in maps:
+            if isinstance(module, nn.Linear):
+                fully_shard(module, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: all of it, or its shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(shard: Tensor, like: Tensor) -> Tensor:
+    """`shard` as this rank's part of a tensor that is shared out as `like` is."""
+    if not isinstance(like, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def sum_over_ranks(tensor: Tensor) -> None:
+    """In place."""
+    dist.all_reduce(tensor)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor on every rank, all of which must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
