@@ -1,4 +1,4 @@
-"""The commands of `model/`: train, sample, evaluate, convert, fit-previews, info and bench.
+"""The commands of `model/`: train, export, sample, evaluate, convert, fit-previews, info and bench.
 
 `lamamba` itself adds serve.
 `python -m model.cli` runs them where the service's packages are not installed.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -42,20 +43,64 @@ def train(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default CUDA if there.")] = None,
 ) -> None:
-    """Train a network on latents; the same command resumes an interrupted run."""
+    """Train a network on latents; the same command resumes an interrupted run.
+
+    Several processes share a run: torchrun --nproc-per-node 8 -m model.cli train --config ...
+    """
     from model.recipes import load_recipe
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    with usage_errors():
+    main = int(os.environ.get("RANK", "0")) == 0  # of torchrun's processes, the one that speaks
+    logging.basicConfig(
+        level=logging.INFO if main else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
+    with usage_errors(quiet=not main):
         fields = load_recipe(config, overrides)
         from model.training.config import TrainConfig
-        from model.training.run import train as run
 
-        folder = run(TrainConfig.from_dict(fields), device=device)
+        configuration = TrainConfig.from_dict(fields)
+        from model.training.run import Diverged
+        from model.training.run import train as run
+        from model.training.world import RankLost
+
+        try:
+            folder = run(configuration, device=device)
+        except (Diverged, RankLost) as error:
+            typer.secho(f"lamamba: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from error
+    if not main:
+        return
     if folder is None:
         typer.echo("stopped in time; the same command goes on")
     else:
         typer.echo(f"{folder}: ready for `lamamba serve --models {folder}`")
+
+
+@app.command(
+    epilog="Examples:  lamamba export runs/places-256 models/places   |   "
+    "lamamba export runs/xl models/xl --sigma-rel 0.08 --metrics runs/xl/metrics.json"
+)
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder: its output_dir.")],
+    target: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    images: Annotated[
+        int | None, typer.Option(help="Images of the state, or snapshot; by default the newest.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="ema, or network for the weights themselves.")] = "ema",
+    sigma_rel: Annotated[
+        float | None,
+        typer.Option(help="Length of the average instead: one of ema_tracks, or any that snapshots make up."),
+    ] = None,
+    metrics: Annotated[Path | None, typer.Option(help="A JSON object of figures for the model card.")] = None,
+) -> None:
+    """Write a training run's weights as the folder that the server loads, with a model card."""
+    with usage_errors():
+        from model.training.export import export_run, read_metrics
+
+        figures = None if metrics is None else read_metrics(metrics)
+        taken = export_run(
+            run, target, images_seen=images, weights=weights, sigma_rel=sigma_rel, metrics=figures
+        )
+    typer.echo(f"{target}: the weights after {taken:,} images, ready for `lamamba serve --models {target}`")
 
 
 @app.command(

@@ -9,10 +9,14 @@ import typer
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turn a ValueError into that line; anything else is a defect and keeps its traceback."""
+def usage_errors(*, quiet: bool = False) -> Iterator[None]:
+    """Turn a ValueError into that line; anything else is a defect and keeps its traceback.
+
+    `quiet`: without the line, which another process prints.
+    """
     try:
         yield
     except ValueError as error:
-        typer.secho(f"lamamba: {error}", fg=typer.colors.RED, err=True)
+        if not quiet:
+            typer.secho(f"lamamba: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.config import LaMambaConfig
+from model.messages import one_line
 from model.model_folder import local_folder, save_model_folder
 from model.network.lamamba import LaMambaDiff, meta_network
 from model.preview import PREVIEW_FILE
@@ -22,7 +23,7 @@ from model.training.config import PLACES, TrainConfig
 from model.training.snapshots import average_of_length
 from model.training.states import SavedState, load_tensors, read_state, state_folders
 
-__all__ = ["export_run"]
+__all__ = ["export_run", "read_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,17 @@ def export_run(
     (target / "README.md").write_text(card, encoding="utf-8")
     logger.info("exported %s after %d images", target, taken)
     return taken
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Figures for a model card: the numbers and texts of a JSON object. ValueError for another file."""
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"metrics: {path} cannot be read ({one_line(error)})") from error
+    if not isinstance(figures, dict):
+        raise ValueError(f"metrics: {path} given; a JSON object is accepted")
+    return {name: value for name, value in figures.items() if isinstance(value, str | int | float)}
 
 
 def model_card(

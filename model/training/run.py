@@ -71,6 +71,8 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
     with StopRequest(at_once=True) as stop, warnings.catch_warnings():
         # What torch.distributed.checkpoint says of a run of one process, which is one on purpose.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        # Nobody changes the network's output in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         with World.joined(config.parallel, device=device, rank_timeout_s=config.rank_timeout_s) as world:
             data = TrainingData.open(config, world.device)
             architecture = config.network_config(
@@ -240,8 +242,11 @@ class _Run:
         self.rollbacks += 1
         self._go_on_from(state, images_seen=images)
         logger.warning(
-            "%s: rolled back to the weights after %d images, for the %d. of %d times, to go on with new samples",
-            *(what, state.images_seen, self.rollbacks, self.config.max_rollbacks),
+            "%s: going on with new samples from the weights after %d images, rollback %d of at most %d",
+            what,
+            state.images_seen,
+            self.rollbacks,
+            self.config.max_rollbacks,
         )
         return False
 

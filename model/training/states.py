@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import Future
@@ -214,12 +215,14 @@ def load_tensors(state: SavedState, tensors: dict[str, Tensor], world: World | N
             )
             raise ValueError(f"{state.folder}: {name} {found}; shape {tuple(tensor.shape)} is accepted")
     group = None if world is None else world.saving
-    load(
-        dict(tensors),
-        storage_reader=FileSystemReader(state.folder),
-        process_group=group,
-        no_dist=group is None,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
+        load(
+            dict(tensors),
+            storage_reader=FileSystemReader(state.folder),
+            process_group=group,
+            no_dist=group is None,
+        )
 
 
 def _metadata(folder: Path) -> Metadata:

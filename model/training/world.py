@@ -27,7 +27,9 @@ from model.device import make_current, resolve_device
 Value = TypeVar("Value")
 
 __all__ = [
+    "RankLost",
     "World",
+    "launched_rank",
     "launched_world_size",
     "local_shard",
     "shard_network",
@@ -35,6 +37,15 @@ __all__ = [
     "sum_over_ranks",
     "whole_tensor",
 ]
+
+
+class RankLost(RuntimeError):
+    """Another process of the run ended or fell silent; one line for people."""
+
+
+def launched_rank() -> int:
+    """This process's number among those that torchrun started; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def launched_world_size() -> int:
@@ -90,7 +101,7 @@ class World:
                 f"parallel: {parallel!r} given without torchrun; start it as "
                 "`torchrun --nproc-per-node N -m model.cli train ...`, or leave parallel=auto"
             )
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+        rank, local_rank = launched_rank(), int(os.environ.get("LOCAL_RANK", "0"))
         on_cuda = torch.cuda.is_available() and str(device) != "cpu"
         device = resolve_device(f"cuda:{local_rank}" if on_cuda else "cpu")
         make_current(device)
@@ -114,7 +125,7 @@ class World:
     def largest(self, value: int) -> int:
         """The largest of the ranks' numbers, on every rank.
 
-        Raises RuntimeError that says what to do where a rank does not answer in time.
+        Raises RankLost where a rank does not answer in time.
         """
         if self.control is None:
             return value
@@ -122,7 +133,7 @@ class World:
         try:
             dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.control)
         except RuntimeError as error:
-            raise RuntimeError(
+            raise RankLost(
                 f"rank {self.rank} of {self.size}: another rank is gone, or has been silent for the whole of "
                 "rank_timeout_s; its log says why. The same command goes on from the newest saved state"
             ) from error
