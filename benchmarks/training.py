@@ -227,12 +227,12 @@ def _prepared_network(
     module: nn.Module
     if name in PEERS:
         module = EmbeddedOnce(build_dit(PEERS[name], side, **kind))
-        num_classes, macs = DiTSize.of(PEERS[name]).num_classes, dit_macs(PEERS[name], side)["total"]
+        num_classes, macs = DiTSize.of(PEERS[name]).num_classes, lambda: dit_macs(PEERS[name], side)["total"]
     else:
         sizes = architecture(name, side)
         module = build_lamamba(name, side, d_state=sizes.d_state, **kind)
         module.use_scan_backend(resolve_scan_backend(config.scan_backend, device))
-        num_classes, macs = sizes.num_classes, count_macs(sizes).total
+        num_classes, macs = sizes.num_classes, lambda: count_macs(sizes).total
     network = TrainedNetwork(
         module=module,
         null_label=num_classes,

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.data.shard_records import write_index, write_shard
 
-MADE_FROM = {"source": "random", "resolution": 16, "autoencoder": "0" * 64}
+MADE_FROM: dict[str, Any] = {"source": "random", "resolution": 16, "autoencoder": "0" * 64}
 LABELS = ("red barn", "blue house", "green hill")
 
 
 def save_latents(
-    folder: Path, sizes: tuple[int, ...] = (5, 1, 4)
+    folder: Path,
+    sizes: tuple[int, ...] = (5, 1, 4),
+    *,
+    side: int = 4,
+    autoencoder: str = MADE_FROM["autoencoder"],
 ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-    """Write shards of these sizes; returns their moments (n, 2, 8, 4, 4) and labels (n,)."""
+    """Write shards of these sizes; returns their moments (n, 2, 8, side, side) and labels (n,)."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
-    moments = generator.standard_normal((sum(sizes), 2, 8, 4, 4)).astype(np.float16)
+    moments = generator.standard_normal((sum(sizes), 2, 8, side, side)).astype(np.float16)
     labels = generator.integers(len(LABELS), size=sum(sizes))
     ends = np.cumsum(sizes)
     records = [
@@ -30,9 +35,9 @@ def save_latents(
             labels=labels[end - size : end],
             num_classes=len(LABELS),
             bad_images=[],
-            made_from=MADE_FROM,
+            made_from=MADE_FROM | {"autoencoder": autoencoder},
         )
         for number, (size, end) in enumerate(zip(sizes, ends, strict=True))
     ]
-    write_index(folder, records, labels=LABELS, moments_shape=(8, 4, 4))
+    write_index(folder, records, labels=LABELS, moments_shape=(8, side, side))
     return moments, labels

@@ -59,6 +59,12 @@ class TrainingData:
                     f"resolution: {config.resolution} given; the latents in {config.data} are of images of "
                     f"{shards.resolution} px"
                 )
+            side = config.resolution // autoencoder.downsampling
+            shape = (2 * autoencoder.latent_channels, side, side)
+            if shards.moments_shape != shape:
+                raise ValueError(
+                    f"data: {config.data} holds moments of shape {shards.moments_shape}; {shape} is accepted"
+                )
             if shards.autoencoder_hash != weights:
                 raise ValueError(
                     f"autoencoder: {config.autoencoder} with weights {weights[:12]} given; the latents in "

@@ -29,8 +29,10 @@ class TrainedNetwork:
     null_label: int
     label_dropout: float
     """Probability that a sample's label becomes the null label."""
-    macs: int
-    """Multiply-adds of one image's forward; a training step takes six operations for each."""
+    macs: Callable[[], int]
+    """Counts the multiply-adds of one image's forward, which takes a second; a training step takes six
+    operations for each.
+    """
     build: Callable[[], nn.Module]
     """Another of the kind, with weights of its own, on the device and in eval mode."""
 
@@ -80,6 +82,6 @@ def build_network(config: TrainConfig, architecture: LaMambaConfig, device: torc
         module=placed(network).train(),
         null_label=architecture.num_classes,
         label_dropout=architecture.class_dropout_prob if architecture.num_classes else 0.0,
-        macs=count_macs(architecture).total,
+        macs=lambda: count_macs(architecture).total,
         build=build,
     )

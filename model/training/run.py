@@ -48,6 +48,7 @@ __all__ = ["Diverged", "train"]
 
 logger = logging.getLogger(__name__)
 
+_OPERATIONS_PER_MAC = 6  # two forward, and twice as many backward
 _PREVIEW_VIEWS = 64  # that the preview map is fitted to: 16,384 latent pixels at 128 px, for 15 unknowns
 
 
@@ -141,7 +142,6 @@ class _Run:
     def whole(self, stop: StopRequest, *, deadline: float) -> Path | None:
         """Train to the end; the exported folder, or None when the deadline came first."""
         config, trainer, world = self.config, self.trainer, self.world
-        peak = peak_flops(world.device)
         try:
             if world.is_main:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -151,8 +151,7 @@ class _Run:
                     config,
                     self.progress,
                     images_seen=trainer.images_seen,
-                    macs=trainer.network.macs,
-                    peak=None if peak is None else peak * world.size,
+                    full_speed=self._full_speed(),
                     device=world.device,
                 )
             trainer.prepare()
@@ -168,6 +167,13 @@ class _Run:
             export_run(self.output_dir, self.output_dir / "model")
         world.barrier()
         return self.output_dir / "model"
+
+    def _full_speed(self) -> float | None:
+        """Images a second at which the devices would do nothing but the network's products."""
+        peak = peak_flops(self.world.device)
+        if peak is None:
+            return None
+        return peak * self.world.size / (_OPERATIONS_PER_MAC * self.trainer.network.macs())
 
     def _steps(self, stop: StopRequest, deadline: float) -> bool:
         """Train to `num_images`; False when the deadline came first."""

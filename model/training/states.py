@@ -21,17 +21,21 @@ import shutil
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
+from model.messages import one_line
 from model.training.world import World
 from model.whole_file import whole_file
 
@@ -82,11 +86,15 @@ class StateFolder:
         """
         self.folder, self._world = folder, world
         self._keep, self._keep_every, self._asynchronous = keep, keep_every, asynchronous
+        self._newest = -1
         self._pending: tuple[Future[Any], Path, Path, dict[str, Any]] | None = None
 
     def save(self, images_seen: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Write `tensors` and what they belong to, plain values."""
+        """Write `tensors` and what they belong to, plain values; nothing where that was just done."""
+        if images_seen == self._newest:
+            return
         self.finish()
+        self._newest = images_seen
         path = self.folder / f"state-{images_seen:012d}"
         temporary = self.folder / f".{path.name}.tmp"
         if self._world.is_main:
@@ -105,7 +113,8 @@ class StateFolder:
             assert isinstance(future, Future)
             self._pending = future, temporary, path, content
             return
-        save(dict(tensors), **options)
+        with _plain_errors(path):
+            save(dict(tensors), **options)
         self._publish(temporary, path, content)
 
     def poll(self) -> None:
@@ -118,7 +127,8 @@ class StateFolder:
         if self._pending is not None:
             future, temporary, path, content = self._pending
             self._pending = None
-            future.result()
+            with _plain_errors(path):
+                future.result()
             self._publish(temporary, path, content)
 
     def _publish(self, temporary: Path, path: Path, content: dict[str, Any]) -> None:
@@ -130,7 +140,7 @@ class StateFolder:
         with whole_file(temporary / FACTS_FILE) as file:
             file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         _flush_folder(temporary)
-        if path.exists():  # the same state of a run that was stopped at once after it went on
+        if path.exists():
             _remove(path)
         temporary.replace(path)
         _flush_folder(self.folder)
@@ -246,9 +256,19 @@ def _images(folder: Path) -> int:
 
 def _remove(folder: Path) -> None:
     """Under another name first: half a state must never look like one."""
-    doomed = folder.with_name(f".{folder.name}.tmp")
+    doomed = folder.with_name(f".{folder.name}.removed.tmp")
     folder.replace(doomed)
     shutil.rmtree(doomed)
+
+
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """torch's exception, which is none that `except Exception` knows, as an OSError of one line."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(f"{path} could not be written (rank {rank}: {one_line(cause)})") from error
 
 
 def _flush_folder(folder: Path) -> None:

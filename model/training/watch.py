@@ -41,8 +41,6 @@ _PEAK_TFLOPS = {
     "RTX 4090": 165.2,
 }
 _LOG_FILE = "log.jsonl"
-_OPERATIONS_PER_MAC = 6
-"""Two forward, and twice as many backward."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -70,13 +68,12 @@ class Watch:
         progress: Progress,
         *,
         images_seen: int,
-        macs: int,
-        peak: float | None,
+        full_speed: float | None,
         device: torch.device,
     ) -> None:
-        """`macs`: of one image's forward; `peak`: operations a second of all devices together."""
+        """`full_speed`: images a second at which all devices would do nothing but the network's products."""
         self._config, self._progress, self._device = config, progress, device
-        self._macs, self._peak = macs, peak
+        self._full_speed = full_speed
         self._folder = Path(config.output_dir)
         self._folder.mkdir(parents=True, exist_ok=True)
         _take_back(self._folder / _LOG_FILE, images_seen)
@@ -94,8 +91,8 @@ class Watch:
         # JSON has no NaN: the mean of no steps.
         record |= {name: round(v, 5) if math.isfinite(v) else None for name, v in values.items()}
         record |= {"skipped_steps": skipped_steps, "images_per_second": round(speed, 1)}
-        if self._peak is not None:
-            record["mfu"] = round(_OPERATIONS_PER_MAC * self._macs * speed / self._peak, 4)
+        if self._full_speed is not None:
+            record["mfu"] = round(speed / self._full_speed, 4)
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device) / 2**30
             record["peak_memory_gib"] = round(peak, 2)

@@ -82,7 +82,8 @@ class World:
         """The world while the block runs. `parallel`: auto (ddp where torchrun started several processes),
         none, ddp or fsdp. `device` is for a single process; ranks take the CUDA device of their number.
 
-        Raises ValueError where `parallel` does not fit how the process was started.
+        Raises ValueError where `parallel` does not fit how the process was started, and RankLost for the
+        messages of the block that another rank did not answer in time.
         """
         size = launched_world_size()
         if parallel == "auto":
@@ -119,24 +120,23 @@ class World:
                 control=control,
                 saving=saving,
             )
+        except RuntimeError as error:
+            # gloo raises no class of its own, but names its file.
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise RankLost(
+                    f"rank {rank} of {size}: another rank is gone, or was silent for {rank_timeout_s:g} s "
+                    "(rank_timeout_s); its log says why. The same command goes on from the newest saved state"
+                ) from error
+            raise
         finally:
             dist.destroy_process_group()
 
     def largest(self, value: int) -> int:
-        """The largest of the ranks' numbers, on every rank.
-
-        Raises RankLost where a rank does not answer in time.
-        """
+        """The largest of the ranks' numbers, on every rank."""
         if self.control is None:
             return value
         number = torch.tensor(value)
-        try:
-            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.control)
-        except RuntimeError as error:
-            raise RankLost(
-                f"rank {self.rank} of {self.size}: another rank is gone, or has been silent for the whole of "
-                "rank_timeout_s; its log says why. The same command goes on from the newest saved state"
-            ) from error
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.control)
         return int(number)
 
     def shared(self, value: Value) -> Value:

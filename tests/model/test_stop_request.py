@@ -11,7 +11,9 @@ from model.stop_request import StopRequest
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)],
+    ids=["int", "term", "usr1"],
 )
 def test_stop_request_notes_the_first_signal(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
@@ -43,3 +45,11 @@ def test_stop_request_outside_the_main_thread_notes_nothing() -> None:
     thread.join()
     assert received == [None]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_stop_request_ends_at_once_where_nothing_is_lost() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught, StopRequest(at_once=True):
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -10,6 +10,7 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,13 +22,16 @@ from model.averaged_adamw import AveragedAdamW
 from model.data.latents import LatentCache
 from model.pipeline import LaMambaPipeline
 from model.training.config import TrainConfig
+from model.training.export import export_run
 from model.training.network import build_network
 from model.training.objective import Losses
-from model.training.run import train
+from model.training.run import Diverged, train
 from model.training.source import CachedSource
 from model.training.trainer import Trainer
 from model.training.world import World
 
+# Few parameters: each is a record of every state.
+TINY = {"layout": "isotropic", "hidden_size": 8, "num_heads": 2, "depths": [2], "bottleneck_depth": 0}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Relative, of losses and of the weights' change over five steps: bf16 roundings that fall differently. Other
 # random numbers or learning rates differ by tens of percent.
@@ -55,12 +59,13 @@ def make_config(autoencoder: Path, tmp_path: Path) -> Callable[..., TrainConfig]
             "output_dir": str(tmp_path / run),
             "autoencoder": str(autoencoder),
             "resolution": 16,
-            "network": {"hidden_size": 8, "num_heads": 2},
+            "network": TINY,
             "num_views": 24,
             "num_images": 40,
             "batch_size": 8,
             "learning_rate": 1e-3,
             "log_every": 1,
+            "tensorboard": False,
         }
         return TrainConfig.from_dict(defaults | fields)
 
@@ -89,8 +94,8 @@ def test_train_makes_a_folder_that_generates(make_config: Callable[..., TrainCon
 def test_a_resumed_run_is_bitwise_the_straight_run(make_config: Callable[..., TrainConfig]) -> None:
     straight, broken = make_config("straight"), make_config("broken")
     train(straight, device="cpu")
-    # A deadline in the past stops after each step: five runs of one step make the run of five.
-    for _ in range(4):
+    # A deadline in the past stops after each step: two runs of one step and one of three make five.
+    for _ in range(2):
         assert train(dataclasses.replace(broken, stop_after_s=1e-9), device="cpu") is None
     assert train(broken, device="cpu") is not None
     assert _weights(broken) == _weights(straight)
@@ -124,6 +129,164 @@ def test_a_step_with_non_finite_gradients_changes_nothing(
     assert changed == [True, False, True]
     last = json.loads((Path(config.output_dir) / "log.jsonl").read_text().splitlines()[-1])
     assert last["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("heals", [True, False], ids=["heals", "stays"])
+def test_a_run_without_finite_gradients_goes_back_and_then_gives_up(
+    make_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    heals: bool,
+) -> None:
+    """From image 16 on; where it heals, until the weights are older ones."""
+    original = Trainer._mean_losses
+    before: dict[int, dict[str, torch.Tensor]] = {}
+
+    def poisoned(self: Trainer, *args: torch.Tensor) -> Losses:
+        images = self.images_seen
+        before[images] = {name: tensor.clone() for name, tensor in self.tensors().items() if "/" in name}
+        losses = original(self, *args)
+        sick = images >= 16 and not (heals and images >= 32)
+        return losses._replace(loss=losses.loss * torch.nan) if sick else losses
+
+    monkeypatch.setattr(Trainer, "_mean_losses", poisoned)
+    config = make_config("sick", num_images=48, rollback_after_steps=2, max_rollbacks=1, state_every_s=1e-9)
+    with caplog.at_level(logging.WARNING):
+        if heals:
+            assert train(config, device="cpu") is not None
+        else:
+            with pytest.raises(Diverged, match=r"up to image 48, and 1 rollbacks did not help. Try a lower"):
+                train(config, device="cpu")
+    assert (
+        "2 steps in a row without finite gradients, up to image 32: going on with new samples" in caplog.text
+    )
+    assert all(torch.equal(before[32][name], before[16][name]) for name in before[16])
+    log = [json.loads(line) for line in (Path(config.output_dir) / "log.jsonl").read_text().splitlines()]
+    assert log[2]["loss"] is None
+    if heals:
+        assert log[-1]["loss"] is not None
+        assert log[-1]["images"] == 48
+
+
+def test_a_run_that_is_sick_from_the_first_step_gives_up(
+    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(self: Trainer, *args: torch.Tensor) -> Losses:
+        losses = original(self, *args)
+        return losses._replace(loss=losses.loss * torch.inf)
+
+    original = Trainer._mean_losses
+    monkeypatch.setattr(Trainer, "_mean_losses", poisoned)
+    with pytest.raises(Diverged, match=r"3 steps in a row .* and there is no saved state yet"):
+        train(make_config("sick", rollback_after_steps=3), device="cpu")
+
+
+def test_labels_are_dropped_in_one_place(make_config: Callable[..., TrainConfig]) -> None:
+    """All of them, where the probability is 1: the network is then that without labels."""
+    config = make_config("dropped", network=TINY | {"class_dropout_prob": 1.0})
+    trainer = _trainer(config, "cpu")
+    seen: list[torch.Tensor] = []
+    trainer.network.module.label_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    _steps(trainer, 1)
+    (labels,) = seen
+    assert labels.tolist() == [21] * 8
+
+
+def test_samples_are_drawn_when_their_number_is_passed(make_config: Callable[..., TrainConfig]) -> None:
+    config = make_config("drawn", num_images=32, sample_every=20)
+    train(config, device="cpu")
+    pictures = sorted(path.name for path in (Path(config.output_dir) / "samples").iterdir())
+    assert pictures == ["samples-000000000024.png"]
+
+
+def test_export_writes_any_kept_state_and_any_length(
+    make_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = make_config(
+        "kept",
+        ema_tracks=[0.05, 0.1],
+        ema_track_interval=1,
+        snapshot_every=16,
+        keep_states=1,
+        keep_state_every=16,
+        state_every_s=1e-9,
+    )
+    train(config, device="cpu")
+    run = Path(config.output_dir)
+
+    def exported(**options: Any) -> bytes:
+        export_run(run, tmp_path / "model", **options)
+        path = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+        return path.read_bytes()
+
+    assert exported() == _weights(config)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| images seen | 40 |" in card
+    different = [
+        exported(images_seen=16),
+        exported(weights="network"),
+        exported(sigma_rel=0.1),
+        exported(sigma_rel=0.07),
+        exported(sigma_rel=0.07, images_seen=32),
+    ]
+    assert len({*different, exported()}) == 6
+    assert LaMambaPipeline.load(tmp_path / "model", device="cpu").has_previews
+    with pytest.raises(ValueError, match=r"images: 24 given; the run has states of 40, 32, 16 images"):
+        exported(images_seen=24)
+    with pytest.raises(ValueError, match=r"weights: 'best' given; ema or network is accepted"):
+        exported(weights="best")
+    with pytest.raises(ValueError, match=r"run: .* given; a run's folder with saved states is accepted"):
+        export_run(tmp_path, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parallel": "ddp"}, "parallel: 'ddp' given without torchrun"),
+        ({"micro_batch_size": 3}, "micro_batch_size: 3 given; a divisor of 8"),
+        ({"data": "absent"}, "latents: absent has no index.json"),
+        ({"wandb": "project"}, r"wandb: not installed; pip install 'lamamba\[wandb\]'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_train_refuses_at_once(
+    make_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    config = make_config("refused", **fields)
+    with pytest.raises(ValueError, match=message):
+        train(config, device="cpu")
+    assert not Path(config.output_dir).exists()
+
+
+def test_train_refuses_what_does_not_divide_or_fit(
+    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="batch_size: 8 given; a multiple of the 3 processes is accepted"):
+        train(make_config("refused"), device="cpu")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"output_dir: .* has 0.0 GiB free; 0.0 GiB are needed for 2 states"):
+        train(make_config("refused"), device="cpu")
+    monkeypatch.undo()
+    monkeypatch.setattr("os.sysconf", lambda _: 1000)
+    with pytest.raises(ValueError, match=r"network: 0 M parameters given; weights, .* cpu has 0.0: parallel"):
+        train(make_config("refused"), device="cpu")
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(
+    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "prepare", lambda _: signal.raise_signal(signal.SIGTERM))
+    config = make_config("early")
+    with pytest.raises(SystemExit) as caught:
+        train(config, device="cpu")
+    assert caught.value.code == 143
+    assert not (Path(config.output_dir) / "states").exists()
 
 
 def _trainer(config: TrainConfig, device: str) -> Trainer:

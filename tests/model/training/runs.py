@@ -1,0 +1,107 @@
+"""Training runs in processes of their own, for tests that kill them or that need several ranks.
+
+`python runs.py FOLDER RANK WORLD_SIZE` goes through FOLDER/runs.json: for each entry it calls `train` and
+writes what came of it to FOLDER/outcome-<number>-<rank>. An entry may ask for trouble: `signal`, of a rank
+and a number of images after which it gets SIGUSR1; `fault`, after which it fails; `kill`, in whose place
+(`step` or `save`) the process ends without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from model.training.config import TrainConfig
+from model.training.run import train
+from model.training.states import StateFolder
+from model.training.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def start_runs(folder: Path, runs: list[dict[str, Any]], world_size: int) -> list[int]:
+    """Go through `runs` in so many processes; their exit codes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runs.json").write_text(json.dumps(runs))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(world_size):
+        command = [sys.executable, __file__, str(folder), str(rank), str(world_size)]
+        with (folder / f"output-{rank}").open("w") as output:
+            processes.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment))
+    try:
+        return [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def outcome(folder: Path, number: int, rank: int) -> str:
+    """What came of a run on a rank."""
+    path = folder / f"outcome-{number}-{rank}"
+    return path.read_text() if path.exists() else (folder / f"output-{rank}").read_text()
+
+
+@contextmanager
+def _trouble(run: dict[str, Any], rank: int) -> Iterator[None]:
+    def after(
+        original: Callable[..., Any], trouble: Callable[[], None], images: int
+    ) -> Callable[[Trainer], Any]:
+        def step(self: Trainer) -> Any:
+            result = original(self)
+            if self.images_seen == images:
+                trouble()
+            return result
+
+        return step
+
+    def kill(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def fail() -> None:
+        raise RuntimeError("a fault")
+
+    troubles = {"signal": lambda: signal.raise_signal(signal.SIGUSR1), "fault": fail}
+    with mock.patch.object(Trainer, "train_step", Trainer.train_step):
+        for name, trouble in troubles.items():
+            if run.get(name, [None])[0] == rank:
+                Trainer.train_step = after(Trainer.train_step, trouble, run[name][1])  # type: ignore[method-assign]
+        if run.get("kill") == "step":
+            Trainer.train_step = after(Trainer.train_step, kill, run["images"])  # type: ignore[method-assign]
+        publish = StateFolder._publish
+        if run.get("kill") == "save":
+
+            def publish_or_die(self: StateFolder, *names: Any) -> None:
+                if names[-1]["images_seen"] == run["images"]:
+                    kill()
+                publish(self, *names)
+
+            with mock.patch.object(StateFolder, "_publish", publish_or_die):
+                yield
+        else:
+            yield
+
+
+def main(folder: Path, rank: int, world_size: int) -> None:
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    for number, run in enumerate(json.loads((folder / "runs.json").read_text())):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(run.get("port", 0))}
+        with _trouble(run, rank):
+            try:
+                result = str(train(TrainConfig.from_dict(run["config"]), device="cpu"))
+            except (SystemExit, Exception) as error:
+                result = f"{type(error).__name__}: {error}"
+        (folder / f"outcome-{number}-{rank}").write_text(result)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
