@@ -118,4 +118,5 @@ def prepare_latents_command(
             verify=verify,
             progress=stack.enter_context(progress_display()) if rank == 0 else None,
         )
-    typer.echo(f"{out}: ready for `lamamba train`")
+    if rank == 0:
+        typer.echo(f"{out}: ready for `lamamba train`")
