@@ -19,6 +19,9 @@ from model.messages import one_line
 __all__ = ["BadImageError", "center_crop", "decode_image"]
 
 
+_MAX_PIXELS = 2**27
+
+
 class BadImageError(ValueError):
     """Bytes that are no image, or not a whole one."""
 
@@ -37,11 +40,16 @@ def decode_image(encoded: bytes, size: int) -> NDArray[np.uint8]:
 
 
 def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The middle (size, size, 3) of an RGB image, scaled so that its shorter side is `size`."""
+    """The middle (size, size, 3) of an RGB image, scaled so that its shorter side is `size`.
+
+    BadImageError for a strip of pixels, which ADM would make gigabytes of.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     wanted = (round(image.width * scale), round(image.height * scale))
+    if wanted[0] * wanted[1] > _MAX_PIXELS:
+        raise BadImageError(f"{image.width} x {image.height} pixels, too long and thin to resize")
     pixels = np.asarray(image.resize(wanted, Image.Resampling.BICUBIC))  # (H, W, 3)
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]

@@ -92,6 +92,11 @@ def test_decode_image_takes_16_bits() -> None:
     assert (decode_image(encoded(Image.fromarray(grey), "png"), 16) == 77).all()
 
 
+def test_center_crop_refuses_a_strip() -> None:
+    with pytest.raises(BadImageError, match="5000 x 1 pixels, too long and thin"):
+        center_crop(Image.new("RGB", (5000, 1)), 256)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
