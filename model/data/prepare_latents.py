@@ -40,6 +40,10 @@ ENCODING_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Pixels encoded at a time: on a GPU 64 images of 256 px, each activation of SD's encoder 2 GB in fp32.
 _ENCODING_PIXELS = {"cuda": 2**22, "cpu": 2**20}
+_EXPLAINED = {
+    "source_digest": "a list of images, sizes and labels with the digest",
+    "autoencoder": "an autoencoder with the hash",
+}
 _FLIPS = 2
 _POLL_S = 0.5
 _REPORT_WAITING_S = 60.0
@@ -266,7 +270,8 @@ class _Run:
                 found = record.made_from.get(field)
                 if found != value:
                     raise ValueError(
-                        f"out: {self.folder} holds latents made with {field} {found}; {value} given, "
+                        f"out: {self.folder} holds latents made with {_EXPLAINED.get(field, field)} {found}; "
+                        f"{value} given, "
                         "continue with that or choose another folder"
                     )
             self.records[number] = record

@@ -222,7 +222,7 @@ def test_a_folder_never_mixes_two_data_sets(tmp_path: Path, autoencoder: str) ->
     with pytest.raises(ValueError, match="holds latents made with dtype float32; bfloat16 given"):
         prepare(root, out, autoencoder, dtype="bfloat16")
     other = save_image_folder(tmp_path / "other", classes=["a", "b", "c"])
-    with pytest.raises(ValueError, match="holds latents made with source_digest"):
+    with pytest.raises(ValueError, match="made with a list of images, sizes and labels with the digest"):
         prepare(other, out, autoencoder)
     assert contents(out) == before
 
