@@ -302,3 +302,21 @@ def test_the_command_prepares_and_refuses(tmp_path: Path, autoencoder: str) -> N
         refused = CliRunner().invoke(app, [*command, *options])
         assert refused.exit_code == 2
         assert message.replace(".*", str(tmp_path) + "/") in refused.stderr.replace("\n", "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_writes_the_same_bytes_again_and_nearly_those_of_the_cpu(
+    tmp_path: Path, autoencoder: str
+) -> None:
+    root, device = save_image_folder(tmp_path / "train"), torch.device("cuda")
+    prepare(root, tmp_path / "cpu", autoencoder)
+    for name in ("cuda", "again"):
+        decoded = DecodedImages(open_image_source(root), resolution=SIZE, device=device, num_threads=2)
+        config = PrepareConfig(batch_size=2, shard_images=5)
+        prepare_latents(decoded, tmp_path / name, autoencoder=autoencoder, device=device, config=config)
+    assert contents(tmp_path / "cuda") == contents(tmp_path / "again")
+    every = (np.arange(12), np.zeros(12, bool))
+    with LatentShards.open(tmp_path / "cuda") as shards, LatentShards.open(tmp_path / "cpu") as expected:
+        # TF32 keeps ten bits of a factor.
+        torch.testing.assert_close(shards.moments(*every), expected.moments(*every), rtol=0, atol=2e-2)
