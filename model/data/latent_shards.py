@@ -131,7 +131,7 @@ class LatentShards:
         return out
 
     def close(self) -> None:
-        """Close the files; without it they are closed when the object is gone."""
+        """Close the files, after whatever reads them; without it they are closed when the object is gone."""
         self._close()
 
     def __enter__(self) -> Self:

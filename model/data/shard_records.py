@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from model.data.latent_shards import FORMAT, INDEX_FILE, VERSION
 from model.messages import one_line
@@ -52,10 +52,14 @@ class ShardRecord:
                 f"out: {path} cannot be read ({one_line(error)}); without that file its shard is made again"
             ) from error
 
+    def is_present(self, folder: Path) -> bool:
+        """Whether the shard's file is there, with all its bytes."""
+        path = folder / self.file
+        return path.is_file() and path.stat().st_size == self.bytes
+
     def is_intact(self, folder: Path) -> bool:
         """Whether the shard's file has the checksum that it was written with."""
-        path = folder / self.file
-        return path.is_file() and _sha256(path) == self.sha256
+        return self.is_present(folder) and _sha256(folder / self.file) == self.sha256
 
     @staticmethod
     def remove(folder: Path, number: int) -> None:
@@ -81,14 +85,15 @@ def write_shard(
 ) -> ShardRecord:
     """Write moments (n, 2, 2C, h, w) and labels (n,) as a shard, then its record."""
     path = folder / shard_file(number)
+    # Not save_file, whose files only their owner can read.
+    content = save({"moments": moments, "labels": labels}, metadata={"format": FORMAT})
     with whole_file(path) as temporary:
-        save_file({"moments": moments, "labels": labels}, temporary, metadata={"format": FORMAT})
-        checksum, num_bytes = _sha256(temporary), temporary.stat().st_size
+        temporary.write_bytes(content)
     record = ShardRecord(
         file=path.name,
         num_images=len(labels),
-        bytes=num_bytes,
-        sha256=checksum,
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
         images_of_class=np.bincount(labels, minlength=num_classes).tolist(),
         bad_images=[[name, reason] for name, reason in bad_images],
         made_from=made_from,

@@ -67,7 +67,7 @@ def test_the_probed_rows_run_in_the_memory_that_there_is(free_gib: float) -> Non
     free_bytes, _ = torch.cuda.mem_get_info()
     held = torch.empty(int(free_bytes - free_gib * GIB), dtype=torch.uint8, device="cuda")
     rows = probe_max_rows([pipeline], decode_batch=4, captured=True)
-    assert 2 <= rows < 128
+    assert rows >= 2
     num_images = rows // 2
     pipeline.prepare_steps(max_images=num_images)
     pipeline.sample_latents([0] * num_images, seeds=range(num_images), num_inference_steps=2, batch_size=64)
