@@ -18,7 +18,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Inside `with`, the first of the signals is only noted; the next one does what it did before.
+    """Inside `with`, the first of the signals is only noted. A Ctrl-C after it does what it did before;
+    others are the same request again: who ends a program of many processes may tell each of them twice.
 
     Outside the main thread, which alone receives signals, nothing is ever noted.
 
@@ -40,7 +41,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        self._restore(*_SIGNALS)
 
     @property
     def exit_code(self) -> int:
@@ -48,13 +49,13 @@ class StopRequest:
         return 0 if self.received is None else 128 + self.received
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
+        self.received = self.received or signal.Signals(number)
+        self._restore(signal.SIGINT)
         if self.at_once:
             raise SystemExit(self.exit_code)
 
-    def _restore(self) -> None:
-        while self._previous:
-            number, handler = self._previous.popitem()
+    def _restore(self, *numbers: signal.Signals) -> None:
+        for number in self._previous.keys() & set(numbers):
+            handler = self._previous.pop(number)
             # None: the handler was set outside Python, which cannot set it again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

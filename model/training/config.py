@@ -120,7 +120,7 @@ class TrainConfig:
     rank_timeout_s: float = 600.0
     """A process that is silent for so long is taken for lost, and the run ends."""
     scan_backend: str = "auto"
-    state_every_s: float = 120.0
+    state_every_s: float = 300.0
     """Seconds between saved states."""
     keep_states: int = 2
     """Saved states that are kept, the newest."""

@@ -32,6 +32,16 @@ def test_a_second_interrupt_aborts_at_once() -> None:
         signal.raise_signal(signal.SIGINT)
 
 
+def test_a_request_that_is_repeated_is_one_request() -> None:
+    """torchrun's agent tells its processes what Slurm has told them already."""
+    with StopRequest() as stop:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.received is signal.SIGUSR1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_stop_request_outside_the_main_thread_notes_nothing() -> None:
     received: list[object] = []
 

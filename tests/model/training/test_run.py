@@ -273,7 +273,7 @@ def test_train_refuses_what_does_not_divide_or_fit(
     with pytest.raises(ValueError, match=r"output_dir: .* has 0.0 GiB free; 0.0 GiB are needed for 2 states"):
         train(make_config("refused"), device="cpu")
     monkeypatch.undo()
-    monkeypatch.setattr("os.sysconf", lambda _: 1000)
+    monkeypatch.setattr("os.sysconf", lambda _: 1)
     with pytest.raises(ValueError, match=r"network: 0 M parameters given; weights, .* cpu has 0.0: parallel"):
         train(make_config("refused"), device="cpu")
 
