@@ -112,7 +112,7 @@ class TrainingData:
         if world.is_main:
             world.barrier()
         rows = config.rank_batch_size(world.size)
-        return CachedSource(cache, rows=rows, seed=config.seed, rank=world.rank)
+        return CachedSource(cache, rows=rows, seed=config.seed, rank=world.rank, world_size=world.size)
 
 
 def _fingerprint(module: AutoencoderKL, weights_hash: str) -> str:

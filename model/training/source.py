@@ -21,6 +21,8 @@ from model.data.sample_order import shuffled
 
 __all__ = ["CachedSource", "Source", "StreamedSource"]
 
+_PLANNED_STEPS = 64
+
 
 class Source(Protocol):
     """Moments and labels of this rank's part of each step, on the training device."""
@@ -40,16 +42,24 @@ class Source(Protocol):
 class CachedSource:
     """Moments that lie on the device as a whole."""
 
-    def __init__(self, cache: LatentCache, *, rows: int, seed: int, rank: int = 0) -> None:
-        """`rows`: samples of a rank's part."""
-        self._cache, self._seed, self._offset = cache, seed, rank * rows
+    def __init__(
+        self, cache: LatentCache, *, rows: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """`rows`: samples of a rank's part of a step."""
         self.autoencoder = cache.autoencoder
+        self._cache, self._seed = cache, seed
+        self._offset, self._batch_size = rank * rows, rows * world_size
+        # Positions of so many steps are computed at once, which takes hardly longer than those of one.
+        self._planned = torch.empty(0)
+        self._first_planned = -1
         self._positions = torch.zeros(rows, dtype=torch.int64, device=cache.labels.device)
 
     def prepare(self, first_sample: int) -> None:
-        samples = first_sample + self._offset + np.arange(len(self._positions))
-        positions, _ = shuffled(samples, len(self._cache), self._seed)  # a view has its flip in itself
-        self._positions.copy_(torch.from_numpy(positions), non_blocking=True)
+        step, rest = divmod(first_sample - self._first_planned, self._batch_size)
+        if self._first_planned < 0 or rest or not 0 <= step < _PLANNED_STEPS:
+            step, self._first_planned = 0, first_sample
+            self._planned = self._plan(first_sample).to(self._positions.device)
+        self._positions.copy_(self._planned[step])
 
     def rows(self, part: slice) -> tuple[Tensor, Tensor]:
         positions = self._positions[part]
@@ -57,6 +67,13 @@ class CachedSource:
 
     def close(self) -> None:
         """Nothing is read."""
+
+    def _plan(self, first_sample: int) -> Tensor:
+        """Positions (steps, rows) in the cache; a view of places has its flip in itself."""
+        steps = first_sample + self._offset + self._batch_size * np.arange(_PLANNED_STEPS)
+        samples = steps[:, None] + np.arange(len(self._positions))
+        positions, _ = shuffled(samples.ravel(), len(self._cache), self._seed)
+        return torch.from_numpy(positions).view(samples.shape)
 
 
 class StreamedSource:

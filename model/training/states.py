@@ -175,8 +175,10 @@ def state_folders(folder: Path) -> list[Path]:
 def newest_state(folder: Path, world: World) -> SavedState | None:
     """The newest whole state of `folder`, or None; damaged ones are set aside. All ranks call it together.
 
-    Raises ValueError for a state of another version of this format.
+    Raises ValueError for states of another version of this format.
     """
+    if any(folder.glob("state-*.pt")):
+        raise ValueError(f"{folder}: states of version 1, single files; {VERSION} is accepted")
     for path in world.shared([str(path) for path in state_folders(folder)]):
         state = read_state(Path(path), part=world.rank, parts=world.size)
         if not world.largest(state is None):

@@ -133,9 +133,7 @@ class Trainer:
                 return losses
 
             return called
-        with restored(self._changed()):  # NCCL connects at its first message, which is not to be in a graph
-            buckets.sum_over_ranks(backward()[1])
-        first = CapturedStep(backward, self._changed())
+        first = CapturedStep(backward, ())  # gradients change nothing that outlives the step
         losses, flat = first()  # a replay: the capture itself computes nothing
         second = CapturedStep(lambda: update(flat, losses), self._changed(), beside=first)
 

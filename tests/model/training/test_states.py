@@ -109,6 +109,9 @@ def test_newest_state_refuses_another_version(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 9}))
     with pytest.raises(ValueError, match="version 9 of a saved state; 2 is accepted"):
         newest_state(tmp_path, WORLD)
+    (tmp_path / "state-000000000001.pt").touch()
+    with pytest.raises(ValueError, match="states of version 1, single files; 2 is accepted"):
+        newest_state(tmp_path, WORLD)
 
 
 def test_load_tensors_refuses_another_shape(tmp_path: Path) -> None:
