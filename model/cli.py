@@ -1,4 +1,4 @@
-"""The commands of `model/`: train, sample, evaluate, convert, fit-previews, info and bench.
+"""The commands of `model/`: prepare-latents, train, sample, evaluate, convert, fit-previews, info and bench.
 
 `lamamba` itself adds serve.
 `python -m model.cli` runs them where the service's packages are not installed.
@@ -15,6 +15,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from model.benchmark.command import bench_app
+from model.cli_prepare import PREPARE_EXAMPLES, prepare_latents_command
 from model.cli_sample import SAMPLE_EXAMPLES, sample
 from model.evaluation.command import EVALUATE_EXAMPLES, evaluate_command
 from model.usage import usage_errors
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 
 app.command(epilog=SAMPLE_EXAMPLES)(sample)
+app.command("prepare-latents", epilog=PREPARE_EXAMPLES)(prepare_latents_command)
 app.command("evaluate", epilog=EVALUATE_EXAMPLES)(evaluate_command)
 app.add_typer(bench_app, name="bench")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import logging
 import shutil
 import tempfile
@@ -32,6 +31,7 @@ from model.authors_format import (
     to_authors,
 )
 from model.autoencoder import Autoencoder
+from model.class_labels import LABELS_ACCEPTED, read_labels
 from model.config import LaMambaConfig
 from model.model_folder import load_network, read_model_index, write_model_index, write_scheduler
 from model.network.lamamba import meta_network
@@ -101,7 +101,7 @@ def convert_checkpoint(
         raise ValueError(f"{checkpoint}: {error}") from error
     for warning in warnings:
         logger.warning("%s: %s", checkpoint, warning)
-    names = _read_labels(labels, config.num_classes) if labels is not None else ()
+    names = _class_names(labels, config.num_classes) if labels is not None else ()
     keeps_index = labels is None and (out_dir / "model_index.json").is_file()
     if keeps_index:
         read_model_index(out_dir).labels(config.num_classes)  # refuses an index of another number of classes
@@ -195,20 +195,16 @@ def _select_weights(
     return {key.removeprefix("module."): value for key, value in raw.items()}, taken
 
 
-def _read_labels(path: Path, num_classes: int) -> Sequence[str]:
-    accepted = "a JSON list, a JSON object from 0, 1, ... to names, or lines of text are accepted"
-    try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if text.lstrip().startswith(("[", "{")) else text.splitlines()
-        names = [value[str(i)] for i in range(len(value))] if isinstance(value, dict) else list(value)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"labels: {path} cannot be read ({type(error).__name__}); {accepted}") from error
-    names = names[:-1] if names and names[-1] == "" else names
-    if not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f"labels: {path} has entries that are not names; {accepted}")
+def _class_names(path: Path, num_classes: int) -> Sequence[str]:
+    names = read_labels(path)
+    if isinstance(names, dict):
+        keys = [str(i) for i in range(len(names))]
+        if set(names) != set(keys):
+            raise ValueError(f"labels: {path} has other keys than 0, 1, ...; {LABELS_ACCEPTED}")
+        names = [names[key] for key in keys]
     if len(names) != num_classes:
         raise ValueError(f"labels: {len(names)} given; the checkpoint has {num_classes} classes")
-    return [name.strip() for name in names]
+    return names
 
 
 def _check_autoencoder(folder: Path, config: LaMambaConfig) -> None:

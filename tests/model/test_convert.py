@@ -371,12 +371,14 @@ def test_wrong_companions_are_refused_before_anything_is_written(tmp_path: Path)
     path = saved(authors_weights(), tmp_path / "bare.pt")
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
     (tmp_path / "names.json").write_text('{"one": 1, "two": 2}')
+    (tmp_path / "keys.json").write_text('{"one": "1", "two": "2"}')
     AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=3).save_pretrained(
         tmp_path / "vae"
     )
     attempts: list[tuple[dict[str, Any], str]] = [
         ({"labels": tmp_path / "labels.txt"}, "labels: 2 given; the checkpoint has 5 classes"),
-        ({"labels": tmp_path / "names.json"}, "labels: .*names.json cannot be read"),
+        ({"labels": tmp_path / "names.json"}, "labels: .*names.json has entries that are not names"),
+        ({"labels": tmp_path / "keys.json"}, "labels: .*keys.json has other keys than 0, 1, ..."),
         ({"labels": tmp_path / "absent"}, "labels: .*absent cannot be read"),
         ({"vae": tmp_path / "vae"}, "vae: 3 latent channels given; the network has 4"),
         ({"vae": tmp_path / "absent"}, "autoencoder: .*absent given"),
