@@ -1,4 +1,8 @@
-"""What the routes are handed: the runtime of the app that they belong to, who asks, and the request's ids."""
+"""What the routes are handed: the runtime of the app that they belong to, who asks, and the request's ids.
+
+All are coroutines, though they wait for nothing: FastAPI runs any other function in a thread, and under load
+each such turn waits for the engines' threads.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +23,23 @@ __all__ = ["ClientIdentity", "GivenIdempotencyKey", "ReadyRuntime", "RequestId",
 _KEY: Final = re.compile(r'([!#-~]{1,255})|"((?:[ !#-\[\]-~]|\\["\\]){1,255})"')
 
 
-def _runtime(request: Request) -> Runtime:
+async def _runtime(request: Request) -> Runtime:
     runtime: Runtime = request.app.state.runtime
     return runtime
 
 
-def _ready_runtime(request: Request) -> Runtime:
+async def _ready_runtime(request: Request) -> Runtime:
     """The runtime once its models are loaded: without them there are no limits to look at a body by."""
-    runtime = _runtime(request)
+    runtime = await _runtime(request)
     _ = runtime.catalog
     return runtime
 
 
-def _request_id() -> str:
+async def _request_id() -> str:
     return request_id_variable.get()
 
 
-def _client_identity(request: Request) -> str:
+async def _client_identity(request: Request) -> str:
     """Whom limits are counted for."""
     client: Client = getattr(request.state, CLIENT)
     return client.identity
@@ -44,7 +48,7 @@ def _client_identity(request: Request) -> str:
 ClientIdentity = Annotated[str, Depends(_client_identity)]
 
 
-def _idempotency_key(
+async def _idempotency_key(
     request: Request,
     client: ClientIdentity,
     idempotency_key: Annotated[

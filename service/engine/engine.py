@@ -95,9 +95,10 @@ class Engine:
         self._draining = False
         self._failure: BaseException | None = None
 
-        self._changed = threading.Condition()  # guards the next three
+        self._changed = threading.Condition()  # guards the next four
         self._joining: set[Future[None]] = set()  # of lanes to come
         self._tickets: set[Ticket] = set()
+        self._open_rows = 0
         self._num_waiting_images = 0
         metrics.read_load(
             self.device,
@@ -224,10 +225,12 @@ class Engine:
         return self._failure is None and not self._stopping
 
     @property
-    def rows_left(self) -> int:
-        """Network evaluations that the accepted requests still cost, about."""
-        with self._changed:
-            return sum(ticket.rows_left for ticket in self._tickets)
+    def open_rows(self) -> int:
+        """Network evaluations of the requests that wait for an answer, those done included.
+
+        A measure of load that costs nothing to read, which happens for every request.
+        """
+        return self._open_rows
 
     @property
     def num_waiting_images(self) -> int:
@@ -542,7 +545,9 @@ class Engine:
     def _close(self, ticket: Ticket) -> None:
         """The request is answered: nobody waits for it, and what is left of it in queue and slots goes."""
         with self._changed:
-            self._tickets.discard(ticket)
+            if ticket in self._tickets:
+                self._tickets.remove(ticket)
+                self._open_rows -= ticket.num_rows
             self._changed.notify_all()
         self._inbox.put(partial(self._drop, ticket))
 
@@ -565,6 +570,7 @@ class Engine:
     def _enqueue(self, ticket: Ticket) -> None:
         """Hand a request to the engine's thread; `_changed` is held."""
         self._num_waiting_images += len(ticket.unmade)
+        self._open_rows += ticket.num_rows
         self._tickets.add(ticket)
         self._inbox.put(partial(self._accept, ticket))
 
@@ -584,7 +590,7 @@ class Engine:
         """All requests without an answer, for which this engine answers no longer."""
         with self._changed:
             tickets, self._tickets = self._tickets, set()
-            self._num_waiting_images = 0
+            self._open_rows = self._num_waiting_images = 0
             self._changed.notify_all()
         return tickets
 

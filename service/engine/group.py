@@ -229,8 +229,7 @@ class EngineGroup:
 
     def _by_load(self, lane: LaneName) -> list[Engine]:
         alive = [engine for engine in self._engines if engine.alive and engine.serves(lane)]
-        # On the way of every request, and the load of one engine alone decides nothing.
-        return sorted(alive, key=lambda engine: engine.rows_left) if len(alive) > 1 else alive
+        return sorted(alive, key=lambda engine: engine.open_rows)
 
     # --- the supervisor's thread ---
 

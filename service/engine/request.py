@@ -216,11 +216,9 @@ class Ticket:
         }
 
     @property
-    def rows_left(self) -> int:
-        """Network evaluations that its images still cost, about: steps and answers go on meanwhile."""
-        steps, guided = self.request.num_inference_steps, self.guided_steps
-        done = [job.step_index for job in self.jobs if not job.result.done()]
-        return sum(steps - index + len(guided[max(0, index - guided.start) :]) for index in done)
+    def num_rows(self) -> int:
+        """Network evaluations that the images to be made cost in all."""
+        return len(self.unmade) * (self.request.num_inference_steps + len(self.guided_steps))
 
     def restart(self) -> None:
         """Have the images without an answer made from their first step, by another engine than before.

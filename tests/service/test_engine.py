@@ -74,6 +74,7 @@ def test_engine_mixed_samplers_steps_and_guidance_equal_each_image_alone(engine_
     for ticket in tickets:
         assert_equals_alone(ticket, small if ticket.request.model == "fake-16" else large)
     assert engine.wait_idle(TIMEOUT_S)
+    assert engine.open_rows == 0
 
 
 def test_engine_a_step_outside_of_the_guidance_interval_costs_one_row(engine_of: EngineFactory) -> None:
@@ -83,7 +84,7 @@ def test_engine_a_step_outside_of_the_guidance_interval_costs_one_row(engine_of:
     ticket = engine.submit(request)
     timesteps = sampler_table("dpm++", REQUEST.num_inference_steps, pipeline.schedule).timesteps.tolist()
     rows = [2 if 300 <= timestep <= 700 else 1 for timestep in timesteps]
-    assert engine.rows_left == 3 * sum(rows)
+    assert engine.open_rows == 3 * sum(rows)
     while engine.step():
         pass
     network: Any = pipeline.network

@@ -95,7 +95,7 @@ def test_requests_go_to_the_engine_with_the_least_work(devices_of: DevicesFactor
     devices = devices_of(2)
     devices.gate.clear()
     tickets = submit(devices, 1, num_images=3) + submit(devices, 3)
-    loads = [engine.rows_left for engine in devices.group._engines]
+    loads = [engine.open_rows for engine in devices.group._engines]
     devices.gate.set()
     for ticket in tickets:
         assert_equals_alone(ticket, devices.pipelines[0])

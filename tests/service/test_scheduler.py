@@ -81,7 +81,7 @@ def test_schedule_an_image_outside_of_its_guidance_interval_takes_one_row() -> N
     scheduler = Scheduler([A], max_rows=4)
     waiting = ticket(num_images=4, steps=3, guided_steps=range(1, 2))
     scheduler.add(waiting)
-    assert waiting.rows_left == 4 * (1 + 2 + 1)
+    assert waiting.num_rows == 4 * (1 + 2 + 1)
     rows = [(plan.num_rows, len(plan.jobs)) for plan in iter(lambda: run(scheduler), None)]
     assert rows[0] == (4, 4)
     assert sum(num_rows for num_rows, _ in rows) == 4 * (1 + 2 + 1)
