@@ -147,6 +147,10 @@ class _Run:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 write_json(self.output_dir / "config.json", self.facts["run"]["config"])
                 self._write_previews()
+            started = time.monotonic()
+            trainer.prepare()
+            logger.info("ready to train after %.0f s", time.monotonic() - started)
+            if world.is_main:
                 self.watch = Watch(
                     config,
                     self.progress,
@@ -154,7 +158,6 @@ class _Run:
                     full_speed=self._full_speed(),
                     device=world.device,
                 )
-            trainer.prepare()
             stop.at_once = False
             if not self._steps(stop, deadline):
                 return None
