@@ -9,10 +9,11 @@ The released code and the paper differ in a few sizes; `docs/numerics.md` lists 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
+
+from model.messages import unknown_field
 
 VSSM = Literal["ss2d_continuous", "ss2d", "vim", "local_mamba", "es2d"]
 Attention = Literal["shifted_window", "window", "global", "none"]
@@ -134,9 +135,7 @@ class LaMambaConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(fields) - set(known))
         if unknown:
-            near = difflib.get_close_matches(unknown[0], known)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
-            raise ValueError(f"{unknown[0]}: unknown field of the network; {hint}")
+            raise ValueError(unknown_field(unknown[0], known, "the network"))
         return cls(**fields)
 
     @classmethod

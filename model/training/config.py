@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from model.config import LaMambaConfig
+from model.messages import unknown_field
 from model.pretrained import default_model_dir
 
 __all__ = ["PLACES", "SHIPPED_AUTOENCODER", "TrainConfig"]
@@ -193,9 +193,7 @@ class TrainConfig:
         known = {f.name: f for f in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
-                near = difflib.get_close_matches(str(name), known)
-                hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
-                raise ValueError(f"{name}: unknown field of a training run; {hint}")
+                raise ValueError(unknown_field(str(name), known, "a training run"))
         missing = [
             name
             for name, f in known.items()

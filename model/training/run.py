@@ -147,9 +147,10 @@ class _Run:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 write_json(self.output_dir / "config.json", self.facts["run"]["config"])
                 self._write_previews()
-            started = time.monotonic()
-            trainer.prepare()
-            logger.info("ready to train after %.0f s", time.monotonic() - started)
+            if trainer.images_seen < config.num_images:
+                started = time.monotonic()
+                trainer.prepare()
+                logger.info("ready to train after %.0f s", time.monotonic() - started)
             if world.is_main:
                 self.watch = Watch(
                     config,

@@ -100,7 +100,7 @@ def test_from_dict_takes_json_and_names_an_unknown_field() -> None:
     config = LaMambaConfig.preset("S")
     fields = dataclasses.asdict(config) | {"depths": list(config.depths)}
     assert LaMambaConfig.from_dict(fields) == config
-    with pytest.raises(ValueError, match="dim: unknown field; the network has sample_size"):
+    with pytest.raises(ValueError, match="dim: unknown field of the network; it has sample_size"):
         LaMambaConfig.from_dict({"dim": 96})
 
 

@@ -272,7 +272,7 @@ def test_a_saved_network_loads_with_its_config_and_outputs(tmp_path: Path) -> No
 def test_fields_that_contradict_or_are_unknown_are_refused() -> None:
     with pytest.raises(ValueError, match="out_channels: 3 given; 8 is accepted"):
         LaMambaDiff(out_channels=3)
-    with pytest.raises(ValueError, match="n_heads: unknown field; the network has sample_size"):
+    with pytest.raises(ValueError, match="n_heads: unknown field of the network; did you mean num_heads"):
         LaMambaDiff(n_heads=3)
 
 
