@@ -29,6 +29,7 @@ from model.training.run import Diverged, train
 from model.training.source import CachedSource
 from model.training.trainer import Trainer
 from model.training.world import World
+from service.benchmark.server import free_port
 
 # Few parameters: each is a record of every state.
 TINY = {"layout": "isotropic", "hidden_size": 8, "num_heads": 2, "depths": [2], "bottleneck_depth": 0}
@@ -289,7 +290,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(
     assert not (Path(config.output_dir) / "states").exists()
 
 
-def _trainer(config: TrainConfig, device: str) -> Trainer:
+def _trainer(config: TrainConfig, device: str, world: World | None = None) -> Trainer:
     """A trainer on random moments of the right shapes, always the same."""
     generator = torch.Generator().manual_seed(1)
     data = LatentCache(
@@ -298,9 +299,9 @@ def _trainer(config: TrainConfig, device: str) -> Trainer:
         Autoencoder.load(config.autoencoder, device),
     )
     architecture = config.network_config(num_classes=21, downsampling=2, in_channels=4)
-    where = torch.device(device)
+    world = world or World(device=torch.device(device))
     source = CachedSource(data, rows=config.batch_size, seed=config.seed)
-    return Trainer(config, source, build_network(config, architecture, where), World(device=where))
+    return Trainer(config, source, build_network(config, architecture, world.device), world)
 
 
 def _steps(trainer: Trainer, count: int) -> torch.Tensor:
@@ -354,6 +355,30 @@ def test_captured_steps_are_the_steps(make_config: Callable[..., TrainConfig], c
     assert captured.optimizer.skipped_steps == 0
     _assert_same_run(called.optimizer.parameters, captured.optimizer.parameters, start)
     _assert_same_run(called.optimizer.average, captured.optimizer.average, start)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the compiler's, and FSDP's of the network's output
+def test_a_rank_alone_takes_the_steps_of_a_process(
+    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, device: str, parallel: str
+) -> None:
+    """On CUDA ddp is two graphs with NCCL between them, and fsdp compiles blocks inside its hooks."""
+    config = make_config("alone", max_grad_norm=1.0, micro_batch_size=4, activation_checkpointing=True)
+    single = _trainer(dataclasses.replace(config, cuda_graph=False), device)
+    start = [parameter.detach().clone() for parameter in single.optimizer.parameters]
+    expected = _steps(single, 5)
+    port = str(free_port())
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with World.joined(parallel, device=device) as world:
+        trainer = _trainer(config, device, world)
+        losses = _steps(trainer, 5)
+        tolerance = CAPTURE_TOLERANCE["losses"] if device == "cuda" else 1e-5
+        torch.testing.assert_close(losses, expected, rtol=tolerance, atol=1e-6)
+        _assert_same_run(single.optimizer.parameters, trainer.optimizer.parameters, start)
+        _assert_same_run(single.optimizer.average, trainer.optimizer.average, start)
 
 
 @pytest.mark.gpu
