@@ -70,7 +70,11 @@ class Judge(nn.Module):
         self.head = nn.Linear(_WIDTHS[-1], len(labels))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.stages(_reduced(images)).mean(dim=(2, 3)))
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(n, 128): what the classifier sees of images (n, 3, H, W) in [-1, 1]."""
+        return self.stages(_reduced(images)).mean(dim=(2, 3))
 
     @torch.inference_mode()
     def classify(self, pixels: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ import torch
 
 from model.data.places import Places
 from model.evaluation.judge import Confusion, Judge, train_judge
-from model.evaluation.sources import views
+from model.evaluation.sources import PlacesViews
 
 
 def test_train_judge_learns_two_colours_and_is_saved_whole(two_colours: Places, tmp_path: Path) -> None:
     judge = train_judge(two_colours, num_views=512, batch_size=8)
-    ((pixels, labels),) = views(two_colours, 2**40, 32, 32)
+    views = PlacesViews(places=two_colours, first_id=2**40, num=32, size=32)
+    ((pixels, labels),) = views.batches(range(32))
     verdicts = judge.classify(pixels)
     assert (verdicts == labels).float().mean() > 0.9
 
