@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
+
 from model.data.places import RESERVED_VIEW_IDS, Places
 from model.diffusion.guidance import check_guidance_interval
 from model.evaluation.config import EvaluationConfig
@@ -280,9 +282,7 @@ class Evaluation:
             self.report.fields["pictures"].append(picture)
 
     def _advance(self, what: str, images: ImageSet) -> Callable[[int], None]:
-        """A function that counts images as looked at on the display."""
-        task = self.progress.add_task(f"measuring {what}", total=len(self.ranks.share(images.num)))
-        return lambda num: self.progress.advance(task, num)
+        return _counter(self.progress, what, images, self.ranks)
 
 
 def evaluate_file(
@@ -301,10 +301,16 @@ def evaluate_file(
     require_enough_images(extractors, samples.num, reference, field="samples")
     output_dir.mkdir(parents=True, exist_ok=True)
     report = Report(output_dir, ranks=ranks, device=extractors[0].device)
-    with report.part("reference"):
-        expected = measure_reference(reference, extractors, ranks=ranks)
+    progress = progress_display()
+    progress.disable = not ranks.is_main
+    with progress:
+        with report.part("reference"):
+            advance = _counter(progress, "reference", reference, ranks)
+            expected = measure_reference(reference, extractors, ranks=ranks, advance=advance)
+        with report.part("samples"):
+            advance = _counter(progress, samples.path.name, samples, ranks)
+            measured = measure(samples, extractors, ranks=ranks, advance=advance)
     with report.part("metrics"):
-        measured = measure(samples, extractors, ranks=ranks)
         if measured is not None and expected is not None:
             report.add_metrics(
                 measured,
@@ -314,3 +320,9 @@ def evaluate_file(
                 source=file_source(samples),
             )
     return report.fields
+
+
+def _counter(progress: Progress, what: str, images: ImageSet, ranks: Ranks) -> Callable[[int], None]:
+    """A function that counts this rank's images as looked at on the display."""
+    task = progress.add_task(f"measuring {what}", total=len(ranks.share(images.num)))
+    return lambda num: progress.advance(task, num)

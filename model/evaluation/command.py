@@ -19,7 +19,7 @@ __all__ = ["EVALUATE_EXAMPLES", "evaluate_command"]
 
 EVALUATE_EXAMPLES = (
     "Examples:  lamamba evaluate --model model/pretrained/places-128 --output-dir OUT   |   "
-    "torchrun --nproc-per-node 8 -m model.cli evaluate --model DIR --output-dir OUT --num 50000 "
+    "torchrun --nproc-per-node 8 -m model.cli evaluate --model DIR --output-dir OUT --num-images 50000 "
     "--sampler ddpm --reference VIRTUAL_imagenet256_labeled.npz "
     "--extractor inception=weights-inception-2015-12-05-6726825d.pth   |   "
     "lamamba evaluate --samples OUT/samples-cfg1.npz --output-dir OTHER --reference FOLDER "
@@ -51,7 +51,11 @@ def evaluate_command(
             "distance alone is FID), dinov2=FOLDER, judge=FILE, or efficientnet-lite2, the default."
         ),
     ] = None,
-    num: Annotated[int, typer.Option(help="Images to make at each scale; papers take 50000.")] = 5000,
+    # Under torchrun, whose own parser takes --num for two options of its own, only the longer name works.
+    num: Annotated[
+        int,
+        typer.Option("--num-images", "--num", help="Images to make at each scale; papers take 50000."),
+    ] = 5000,
     guidance_scales: Annotated[
         str | None,
         typer.Option(help="Scales, comma-separated, 1 is off; by default 1,1.5,2,2.5,3,4 on places, else 1."),
@@ -180,6 +184,7 @@ def _evaluate_model(
     from model.evaluation.features import load_extractor
     from model.pipeline import LaMambaPipeline
 
+    loaded = [] if reference is None else [load_extractor(name, device) for name in extractors]
     pipeline = LaMambaPipeline.load(model, device=device)
     if pipeline.device.type == "cuda":
         pipeline.autoencoder.micro_batch_pixels = _CUDA_MICRO_BATCH_PIXELS
@@ -189,7 +194,7 @@ def _evaluate_model(
     evaluation = Evaluation(
         pipeline,
         config,
-        extractors=[] if reference is None else [load_extractor(name, device) for name in extractors],
+        extractors=loaded,
         output_dir=output_dir,
         reference=images,
         places=Places.load(device=device) if reference == _PLACES else None,

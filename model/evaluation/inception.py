@@ -257,7 +257,8 @@ def load_inception(path: Path) -> Inception:
         raise ValueError(f"extractor: {path} is missing; {_ACCEPTED}") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"extractor: {path} cannot be read ({one_line(error)}); {_ACCEPTED}") from error
-    network = Inception()
+    with torch.device("meta"):  # without drawing 24 million random weights
+        network = Inception()
     wanted = {name: value.shape for name, value in network.state_dict().items() if not _is_counter(name)}
     given = weights if isinstance(weights, dict) else {}
     for name in sorted(wanted.keys() ^ {name for name in given if not _is_counter(str(name))}, key=str):
@@ -267,6 +268,7 @@ def load_inception(path: Path) -> Inception:
         if given[name].shape != shape:
             found = "x".join(map(str, given[name].shape))
             raise ValueError(f"extractor: {path} has {name} of shape {found}; {_ACCEPTED}")
+    network.to_empty(device="cpu")
     network.load_state_dict({name: given[name] for name in wanted}, strict=False)
     return network.eval().requires_grad_(False)
 

@@ -37,7 +37,7 @@ from model.whole_file import whole_file
 __all__ = ["CLASSES", "SampleFile", "SamplePlan", "require_disk_space"]
 
 CLASSES = ("balanced", "random")
-_LEAST_PART = 64  # images: a part is one batch, or several small ones
+_LEAST_PART = 32  # images: a part is one batch, or several small ones
 _CLASS_DRAW = 2**32 - 1  # of (seed, image): the noise has the draws from 0 on
 _PART_FIELD = "images_per_part"
 
@@ -120,7 +120,7 @@ class SampleFile:
             fixed_shapes: fill each batch up with images that are thrown away, so that a compiled network sees
                 one shape alone.
         """
-        images_per_part, missing = ranks.from_main(lambda: self._begin(batch_size))
+        images_per_part, missing = ranks.from_main(lambda: self._begin(batch_size, ranks.size))
         own = missing[ranks.rank :: ranks.size]
         parts = [self._images_of(part, images_per_part) for part in own]
         where = "" if ranks.size == 1 else f", rank {ranks.rank} of {ranks.size}"
@@ -147,12 +147,11 @@ class SampleFile:
         except (OSError, ValueError):
             return None
 
-    def _begin(self, batch_size: int) -> tuple[int, list[int]]:
+    def _begin(self, batch_size: int, num_ranks: int) -> tuple[int, list[int]]:
         """Images in a part and the parts that are missing."""
         self.check()
-        begun = self._begun() or self.record | {
-            _PART_FIELD: batch_size * max(1, _LEAST_PART // batch_size),
-        }
+        least = min(_LEAST_PART, -(-self.plan.num // num_ranks))
+        begun = self._begun() or self.record | {_PART_FIELD: batch_size * max(1, least // batch_size)}
         with whole_file(self.path.with_suffix(".json")) as temporary:
             write_json(temporary, begun)
         images_per_part = int(begun[_PART_FIELD])

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.evaluation import features
+from model.evaluation.features import InceptionV3
 from model.evaluation.inception import Inception, InceptionOutputs, load_inception, tf1_bilinear
 
 TOLERANCE = 1e-5  # absolute, fp32, on features around 0.4; measured 2e-6: the order of sums
@@ -211,13 +213,22 @@ def test_tf1_bilinear_equals_a_loop(shape: tuple[int, int]) -> None:
             assert found[0, 0, i, j].item() == pytest.approx(upper + (lower - upper) * (y - top), abs=1e-9)
 
 
-def test_load_inception_reads_its_file(network: Inception, pixels: torch.Tensor, tmp_path: Path) -> None:
+def test_the_extractor_reads_its_file_alone(
+    network: Inception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gives ADM's features of 8-bit pixels of any size."""
     path = tmp_path / "weights.pth"
     torch.save(network.state_dict(), path)
-    loaded = load_inception(path)
-    assert not loaded.training
-    for name, value in network.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
+    with pytest.raises(ValueError, match=r"extractor: .* has the SHA-256 .*; that of .* 6726825d"):
+        InceptionV3(path)
+    monkeypatch.setattr(features, "_INCEPTION_HASH", features.file_hash(path))
+    extractor = InceptionV3(path)
+    pixels = torch.randint(0, 256, (1, 40, 40, 3), dtype=torch.uint8)
+    found = extractor(pixels)
+    with torch.inference_mode():
+        expected = network(pixels.movedim(-1, 1).float())
+    for field in ("pooled", "spatial", "probabilities"):
+        torch.testing.assert_close(getattr(found, field), getattr(expected, field), atol=TOLERANCE, rtol=0)
 
 
 def test_load_inception_names_what_is_wrong_with_a_file(network: Inception, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from model.data.center_crop import center_crop
 from model.data.places import RESERVED_VIEW_IDS, Places
 from model.evaluation.archive import mapped_array, write_archive
 from model.evaluation.sources import FolderImages, NpzImages, PlacesViews, balanced_view_ids, first_pixels
@@ -102,14 +101,3 @@ def test_folder_images_are_sorted_and_square(tmp_path: Path) -> None:
 def test_a_folder_without_pictures_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no pictures in it"):
         FolderImages(tmp_path, 16)
-
-
-@pytest.mark.parametrize("size", [(64, 40), (31, 200), (16, 16)])
-def test_center_crop_takes_the_middle(size: tuple[int, int]) -> None:
-    """Of a ramp from left to right the middle stays, whatever the size."""
-    ramp = np.tile(np.linspace(0, 255, size[0]).round().astype(np.uint8)[None, :, None], (size[1], 1, 3))
-    cropped = center_crop(Image.fromarray(ramp), 16)
-    assert cropped.shape == (16, 16, 3)
-    assert cropped.mean() == pytest.approx(127.5, abs=8)
-    slope = (int(cropped[8, 12, 0]) - int(cropped[8, 4, 0])) / 8
-    assert slope == pytest.approx(255 * min(size) / 16 / size[0], rel=0.1)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from model.evaluation import features
+from model.evaluation.features import DinoV2
 from model.evaluation.vision_transformer import HEAD_DIM, load_dinov2
 
 WIDTH, DEPTH, GRID, PATCH = 128, 2, 5, 4
@@ -158,6 +160,19 @@ def test_positions_are_resized_as_in_dinov2s_code(tmp_path: Path) -> None:
     with torch.inference_mode():
         found = network(images).double()
     torch.testing.assert_close(found, _oracle(weights, images, positions), atol=TOLERANCE, rtol=0)
+
+
+def test_the_extractor_resizes_and_normalises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bicubic with antialias, clamped to 8 bits' range, ImageNet's mean and deviation."""
+    monkeypatch.setattr(features, "_DINOV2_SIZE", GRID * PATCH)
+    weights = _timm_weights(False)
+    extractor = DinoV2(_save(tmp_path / "timm", weights, {"architecture": "vit_small_patch14_dinov2"}))
+    assert (extractor.name, extractor.num_features) == (f"DINOv2 width {WIDTH}/{PATCH}", WIDTH)
+    pixels = torch.randint(0, 256, (2, 50, 50, 3), dtype=torch.uint8)
+    x = F.interpolate(pixels.movedim(-1, 1).double(), (20, 20), mode="bicubic", antialias=True).clamp(0, 255)
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    expected = _oracle(weights, (x / 255 - mean) / deviation, weights["pos_embed"])
+    torch.testing.assert_close(extractor(pixels).pooled.double(), expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize(
