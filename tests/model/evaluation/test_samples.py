@@ -163,6 +163,9 @@ def test_a_full_disk_is_noticed_before_the_work(
         require_disk_space(tmp_path, files)
 
 
+_RANK_ENDS_S = 60
+
+
 def _environment(rank: int, port: int) -> dict[str, str]:
     """As torchrun sets it for the ranks of one node."""
     return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -205,8 +208,9 @@ def test_two_ranks_make_the_file_of_one(
             assert ranks.gathered(ranks.share(7)) == [range(3), range(3, 7)]
             with pytest.raises(ValueError, match="num: wrong"):
                 ranks.from_main(_refuse)
+        assert second.join(timeout=_RANK_ENDS_S)
     finally:
         torch.set_num_threads(threads)
-        while not second.join():
-            pass
+        for process in second.processes:
+            process.terminate()
     assert (two / "samples-cfg2.npz").read_bytes() == (one / "samples-cfg2.npz").read_bytes()
