@@ -27,7 +27,7 @@ from model.data.places import RESERVED_VIEW_IDS, Places
 from model.diffusion.guidance import check_guidance_interval
 from model.evaluation.config import EvaluationConfig
 from model.evaluation.features import HASH_DIGITS, FeatureExtractor, file_hash
-from model.evaluation.judge import REQUIRED_ACCURACY, Judge, train_judge
+from model.evaluation.judge import REQUIRED_ACCURACY, Judge, judge_training, train_judge
 from model.evaluation.measure import Measured, measure, measure_reference
 from model.evaluation.places_pictures import nearest_training_views, save_pictures
 from model.evaluation.ranks import Ranks
@@ -214,7 +214,11 @@ class Evaluation:
         return judge
 
     def _train_judge(self, places: Places, path: Path) -> None:
+        """Unless an interrupted run has done so."""
         config = self.config
+        record = judge_training(config.judge_views, seed=config.seed)
+        if path.is_file() and Judge.load(path).training_record == record:
+            return
         train_judge(places, num_views=config.judge_views, seed=config.seed, progress=self.progress).save(path)
 
     def _report_judge(self, reference: Measured | None) -> None:

@@ -119,6 +119,22 @@ def test_evaluation_again_with_its_judge_gives_the_same_numbers(
     assert not (tmp_path / "again" / "judge.safetensors").exists()
 
 
+def test_evaluation_goes_on_with_what_an_interrupted_one_made(
+    pipeline: LaMambaPipeline, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples and judge are not made twice, but another judge where another is asked for."""
+
+    def again(*args: object, **fields: object) -> None:
+        raise AssertionError("made twice")
+
+    first = _evaluate(pipeline, places, tmp_path)
+    monkeypatch.setattr("model.evaluate.train_judge", again)
+    monkeypatch.setattr(LaMambaPipeline, "generate", again)
+    assert _evaluate(pipeline, places, tmp_path)["metrics"] == first["metrics"]
+    with pytest.raises(AssertionError, match="made twice"):
+        _evaluate(pipeline, places, tmp_path, judge_views=9)
+
+
 def test_interrupted_evaluation_keeps_what_it_measured(
     pipeline: LaMambaPipeline, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
