@@ -28,11 +28,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: $(VENV)/.installed  ## install and serve the shipped models on http://localhost:8000
 	$(BIN)/lamamba serve --host $(HOST) --port $(PORT)
 
-programs:  ## as root on Debian, install the programs that tests/deploy runs
-	@if command -v promtool >/dev/null && command -v amtool >/dev/null; then :; \
+programs:  ## as root on Debian, install the programs that tests run
+	@if command -v promtool >/dev/null && command -v amtool >/dev/null && command -v haproxy >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
-		apt-get -qq install -y --no-install-recommends prometheus prometheus-alertmanager >/dev/null; then :; \
-	else echo "no Prometheus could be installed: the tests that run it will skip"; fi
+		apt-get -qq install -y --no-install-recommends haproxy prometheus prometheus-alertmanager >/dev/null; then :; \
+	else echo "Prometheus and HAProxy could not be installed: the tests that run them will skip"; fi
 
 test: programs check  ## install, then run lint, types and every test that takes minutes
 	$(BIN)/python -m pytest -q -m "not slow and not docker" --durations=15
