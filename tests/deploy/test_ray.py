@@ -1,0 +1,172 @@
+"""service/ray_app.py in Ray Serve, on two nodes of one machine: if this fails, images depend on who makes
+them, replicas do not follow the load, or a node that dies takes requests with it.
+
+Minutes of work, and Ray wants an environment of its own, so it runs by `make test-ray` alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from benchmarks.soak import logged_answers
+from model.pretrained import default_model_dir
+from service.benchmark.arrivals import plan_requests
+from service.benchmark.load import Outcome, open_loop
+from service.benchmark.mix import MixEntry
+from service.benchmark.server import free_port, running_command, serve_command
+
+pytest.importorskip("ray", reason="Ray is not installed: `make test-ray`")
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
+
+CONFIG = Path(__file__).parents[2] / "k8s" / "ray" / "serve.yaml"
+MODEL = default_model_dir(128)
+SETTINGS = {
+    "LAMAMBA_MODELS": str(MODEL),
+    "LAMAMBA_DETERMINISTIC": "true",
+    "LAMAMBA_LOG_JSON": "true",
+}
+ENTRY = MixEntry(steps=8, resolution=128)
+LIMIT_S = 180.0
+POLL_S = 0.25
+SOON = {"upscale_delay_s": 1, "downscale_delay_s": 3, "look_back_period_s": 2}
+
+
+@dataclass
+class Service:
+    """Ray Serve with the app, on a cluster of two nodes."""
+
+    url: str
+    cluster: Any
+    worker: Any
+    """The node that is not the head."""
+    logs: Path
+
+    def replicas(self) -> int:
+        """Those that run."""
+        from ray import serve
+
+        deployments = serve.status().applications["lamamba"].deployments
+        return int(deployments["LaMamba"].replica_states.get("RUNNING", 0))
+
+    def answered(self) -> Counter[str]:
+        """How often a replica answered each id with an image."""
+        texts = [file.read_bytes() for file in self.logs.glob("worker-*.err")]
+        logged = [answer for text in texts for answer in logged_answers(text)]
+        return Counter(request_id for request_id, status in logged if status == 200)
+
+
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(POLL_S)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health/ready", timeout=5.0, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The checked-in Serve config, for replicas of one core and an autoscaler that does not wait long."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    port = free_port()
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    config["proxy_location"] = "HeadOnly"
+    config["http_options"] = {"host": "127.0.0.1", "port": port}
+    application = config["applications"][0]
+    application["args"] = {"cpus": 1}
+    application["runtime_env"]["env_vars"] |= SETTINGS
+    application["deployments"][0]["autoscaling_config"] |= SOON | {
+        "max_replicas": 2,
+        "target_ongoing_requests": 2,
+    }
+    file = tmp_path_factory.mktemp("ray") / "serve.yaml"
+    file.write_text(yaml.safe_dump(config))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        worker = cluster.add_node(num_cpus=1)
+        command = [str(Path(sys.executable).with_name("serve")), "run", "--non-blocking"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LAMAMBA_")}
+        subprocess.run(
+            [*command, "--address", cluster.address, str(file)],
+            check=True,
+            timeout=LIMIT_S,
+            env=environment,
+        )
+        ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: is_ready(url), "no replica is ready")
+        logs = Path(cluster.head_node.get_session_dir_path()) / "logs"
+        yield Service(url=url, cluster=cluster, worker=worker, logs=logs)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        shutil.rmtree(file.parent)
+
+
+def load(service: Service, count: int, per_s: float, seed: int) -> list[Outcome]:
+    planned = plan_requests([ENTRY], rate_per_s=per_s, num_requests=count, seed=seed)
+    return asyncio.run(open_loop(service.url, planned, timeout_s=LIMIT_S, retry_s=POLL_S))
+
+
+def test_images_are_those_of_the_plain_server(service: Service) -> None:
+    bodies = [ENTRY.body(seed) | {"class_id": seed % 3} for seed in range(4)]
+    options = ["--device", "cpu"]
+    with running_command(serve_command(options), environment=SETTINGS) as plain, httpx.Client() as client:
+        headers = {"accept": "image/png"}
+        for body in bodies:
+            files = [
+                client.post(f"{url}/generate", json=body, headers=headers, timeout=LIMIT_S)
+                for url in (plain.url, service.url)
+            ]
+            assert [file.status_code for file in files] == [200, 200]
+            assert files[0].content == files[1].content
+            assert files[0].headers["x-lamamba-seed"] == files[1].headers["x-lamamba-seed"]
+
+
+def test_replicas_follow_the_load_to_two_and_back(service: Service) -> None:
+    assert service.replicas() == 1
+    most = 0
+    with_load = threading.Thread(target=load, args=(service, 60, 4.0, 1))
+    with_load.start()
+    while with_load.is_alive():
+        most = max(most, service.replicas())
+        time.sleep(POLL_S)
+    assert most == 2
+    wait_until(lambda: service.replicas() == 1, "the second replica stays")
+
+
+def test_a_node_that_dies_in_mid_load_loses_no_request(service: Service) -> None:
+    outcomes: list[Outcome] = []
+    with_load = threading.Thread(target=lambda: outcomes.extend(load(service, 100, 4.0, 2)))
+    with_load.start()
+    wait_until(lambda: service.replicas() == 2, "no second replica")
+    service.cluster.remove_node(service.worker, allow_graceful=False)
+    with_load.join(LIMIT_S)
+    assert [outcome.status for outcome in outcomes] == ["200"] * 100
+    assert sum(outcome.tries > 1 for outcome in outcomes) > 0
+    answered = service.answered()
+    assert all(answered[outcome.request_ids[-1]] == 1 for outcome in outcomes)
+    assert set(answered.values()) == {1}
