@@ -86,11 +86,13 @@ rules: $(VENV)/.installed-dev  ## write Prometheus' rules as Kubernetes' Prometh
 
 sbom: $(VENV)/.installed-dev  ## write build/sbom.json, what the server is built of (CycloneDX)
 	$(MAKE) VENV=.venv-sbom .venv-sbom/.installed
+	.venv-sbom/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[otel]'
 	mkdir -p build
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.json .venv-sbom
 
-lock: $(VENV)/.installed-dev  ## write the versions installed in .venv to constraints.txt
-	$(PIP) freeze --exclude-editable | sed -e 's/+cpu$$//' -e '/^pip==/d' | LC_ALL=C sort > constraints.txt
+lock: $(VENV)/.installed-dev .venv-ray/.installed  ## write the versions installed in both to constraints.txt
+	for venv in $(VENV) .venv-ray; do $$venv/bin/python -m pip --disable-pip-version-check freeze --exclude-editable; \
+		done | sed -e 's/+cpu$$//' -e '/^pip==/d' | LC_ALL=C sort -u > constraints.txt
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) .venv-sbom .venv-checkov .venv-ray build dist .pytest_cache .mypy_cache .ruff_cache

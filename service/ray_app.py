@@ -66,7 +66,8 @@ def build_app(given: dict[str, Any]) -> Application:
     `given`: RayArguments, as a mapping. Raises ValueError for a wrong one, StartupError for a wrong setting.
     """
     arguments = RayArguments.model_validate(given)
-    own = {"device": "cpu", "num_threads": arguments.cpus} if arguments.cpus else {}
+    # Not auto: a replica whose GPU does not work must fail, not serve on its CPU.
+    own = {"device": "cpu", "num_threads": arguments.cpus} if arguments.cpus else {"device": "cuda"}
     resources = {"num_cpus": arguments.cpus} if arguments.cpus else {"num_gpus": 1}
     settings = load_settings(**own)
     deployment = serve.deployment(

@@ -6,18 +6,19 @@ Minutes of work, and Ray wants an environment of its own, so it runs by `make te
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -25,14 +26,12 @@ import yaml
 
 from benchmarks.soak import logged_answers
 from model.pretrained import default_model_dir
-from service.benchmark.arrivals import plan_requests
-from service.benchmark.load import Outcome, open_loop
 from service.benchmark.mix import MixEntry
 from service.benchmark.server import free_port, running_command, serve_command
 
 pytest.importorskip("ray", reason="Ray is not installed: `make test-ray`")
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
 CONFIG = Path(__file__).parents[2] / "k8s" / "ray" / "serve.yaml"
 MODEL = default_model_dir(128)
@@ -41,10 +40,19 @@ SETTINGS = {
     "LAMAMBA_DETERMINISTIC": "true",
     "LAMAMBA_LOG_JSON": "true",
 }
-ENTRY = MixEntry(steps=8, resolution=128)
+ENTRY = MixEntry(steps=4, resolution=128)
 LIMIT_S = 180.0
 POLL_S = 0.25
+CLIENTS = 5
+RETRIED = (500, 502, 503)  # 500 is Ray Serve's answer for a replica that has died
 SOON = {"upscale_delay_s": 1, "downscale_delay_s": 3, "look_back_period_s": 2}
+
+
+class Answer(NamedTuple):
+    """The end of one request, and the ids that it was sent under."""
+
+    request_ids: tuple[str, ...]
+    status: int
 
 
 @dataclass
@@ -126,9 +134,37 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         shutil.rmtree(file.parent)
 
 
-def load(service: Service, count: int, per_s: float, seed: int) -> list[Outcome]:
-    planned = plan_requests([ENTRY], rate_per_s=per_s, num_requests=count, seed=seed)
-    return asyncio.run(open_loop(service.url, planned, timeout_s=LIMIT_S, retry_s=POLL_S))
+@contextmanager
+def loaded(service: Service) -> Iterator[list[Answer]]:
+    """Clients that always have a request each, and try it again where there is no image; the answers."""
+    answers: list[Answer] = []
+    end = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(timeout=LIMIT_S, trust_env=False) as client:
+            while not end.is_set():
+                request_ids = [uuid.uuid4().hex]
+                while (status := send(client, request_ids[-1])) in RETRIED:
+                    time.sleep(POLL_S)
+                    request_ids.append(uuid.uuid4().hex)
+                answers.append(Answer(tuple(request_ids), status))
+
+    def send(client: httpx.Client, request_id: str) -> int:
+        headers = {"x-request-id": request_id}
+        try:
+            return client.post(f"{service.url}/generate", json=ENTRY.body(0), headers=headers).status_code
+        except httpx.TransportError:
+            return RETRIED[0]
+
+    threads = [threading.Thread(target=ask) for _ in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield answers
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join(LIMIT_S)
 
 
 def test_images_are_those_of_the_plain_server(service: Service) -> None:
@@ -148,25 +184,23 @@ def test_images_are_those_of_the_plain_server(service: Service) -> None:
 
 def test_replicas_follow_the_load_to_two_and_back(service: Service) -> None:
     assert service.replicas() == 1
-    most = 0
-    with_load = threading.Thread(target=load, args=(service, 60, 4.0, 1))
-    with_load.start()
-    while with_load.is_alive():
-        most = max(most, service.replicas())
-        time.sleep(POLL_S)
-    assert most == 2
+    with loaded(service) as answers:
+        wait_until(lambda: service.replicas() == 2, "no second replica")
+    assert {answer.status for answer in answers} == {200}
     wait_until(lambda: service.replicas() == 1, "the second replica stays")
 
 
 def test_a_node_that_dies_in_mid_load_loses_no_request(service: Service) -> None:
-    outcomes: list[Outcome] = []
-    with_load = threading.Thread(target=lambda: outcomes.extend(load(service, 100, 4.0, 2)))
-    with_load.start()
-    wait_until(lambda: service.replicas() == 2, "no second replica")
-    service.cluster.remove_node(service.worker, allow_graceful=False)
-    with_load.join(LIMIT_S)
-    assert [outcome.status for outcome in outcomes] == ["200"] * 100
-    assert sum(outcome.tries > 1 for outcome in outcomes) > 0
+    with loaded(service) as answers:
+        wait_until(lambda: service.replicas() == 2, "no second replica")
+        before = len(answers)
+        wait_until(lambda: len(answers) > before + CLIENTS, "no answers of two replicas")
+        service.cluster.remove_node(service.worker, allow_graceful=False)
+        # The replica ends when it misses its node, seconds later.
+        wait_until(lambda: any(len(answer.request_ids) > 1 for answer in answers), "nothing was tried again")
+        before = len(answers)
+        wait_until(lambda: len(answers) > before + CLIENTS, "no answers of the replica that is left")
+    assert {answer.status for answer in answers} == {200}
     answered = service.answered()
-    assert all(answered[outcome.request_ids[-1]] == 1 for outcome in outcomes)
+    assert all(answered[answer.request_ids[-1]] == 1 for answer in answers)
     assert set(answered.values()) == {1}
