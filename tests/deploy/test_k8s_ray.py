@@ -86,7 +86,7 @@ def test_the_application_is_the_one_in_the_code() -> None:
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=["head", "worker"])
-def test_pods_are_restricted(path: tuple[str | int, ...]) -> None:
+def test_pods_are_restricted_and_spread_requests(path: tuple[str | int, ...]) -> None:
     pod = template(built(), path)["template"]
     [container] = pod["spec"]["containers"]
     assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
@@ -98,6 +98,8 @@ def test_pods_are_restricted(path: tuple[str | int, ...]) -> None:
     }
     assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
     assert {"readinessProbe", "livenessProbe"} <= container.keys()
+    assert pod["spec"]["enableServiceLinks"] is False
+    assert {"name": "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING", "value": "0"} in container["env"]
     assert {volume["name"] for volume in pod["spec"]["volumes"]} == {
         mount["name"] for mount in container["volumeMounts"]
     }
@@ -114,7 +116,6 @@ def test_a_worker_has_one_gpu_and_longer_to_end_than_its_replica() -> None:
         scaling["min_replicas"],
         scaling["max_replicas"],
     )
-    assert pod["enableServiceLinks"] is False
 
 
 def test_the_ports_of_ray_are_closed_to_all_but_its_pods() -> None:

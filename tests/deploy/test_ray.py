@@ -42,6 +42,8 @@ SETTINGS = {
 }
 ENTRY = MixEntry(steps=4, resolution=128)
 LIMIT_S = 180.0
+# Of nodes, as k8s/ray/ray-service.yaml has it: else a proxy spares the replicas of other nodes.
+SPREAD = {"RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
 POLL_S = 0.25
 CLIENTS = 5
 RETRIED = (500, 502, 503)  # 500 is Ray Serve's answer for a replica that has died
@@ -72,11 +74,24 @@ class Service:
         deployments = serve.status().applications["lamamba"].deployments
         return int(deployments["LaMamba"].replica_states.get("RUNNING", 0))
 
-    def answered(self) -> Counter[str]:
-        """How often a replica answered each id with an image."""
-        texts = [file.read_bytes() for file in self.logs.glob("worker-*.err")]
-        logged = [answer for text in texts for answer in logged_answers(text)]
-        return Counter(request_id for request_id, status in logged if status == 200)
+    def answered(self) -> dict[str, Counter[str]]:
+        """How often each replica, which has a file of its own, answered each id with an image."""
+        return {
+            file.name: Counter(
+                request_id for request_id, status in logged_answers(file.read_bytes()) if status == 200
+            )
+            for file in self.logs.glob("worker-*.err")
+        }
+
+    def wait_for_answers_of(self, replicas: int) -> None:
+        """Wait until so many of them answer."""
+        before = {name: answers.total() for name, answers in self.answered().items()}
+
+        def so_many() -> bool:
+            now = {name: answers.total() for name, answers in self.answered().items()}
+            return sum(total > before.get(name, 0) for name, total in now.items()) == replicas
+
+        wait_until(so_many, f"{replicas} replicas do not answer")
 
 
 def wait_until(true: Callable[[], bool], what: str) -> None:
@@ -112,9 +127,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     }
     file = tmp_path_factory.mktemp("ray") / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    node = {"num_cpus": 1, "env_vars": SPREAD}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
     try:
-        worker = cluster.add_node(num_cpus=1)
+        worker = cluster.add_node(**node)
         command = [str(Path(sys.executable).with_name("serve")), "run", "--non-blocking"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("LAMAMBA_")}
         subprocess.run(
@@ -186,6 +202,7 @@ def test_replicas_follow_the_load_to_two_and_back(service: Service) -> None:
     assert service.replicas() == 1
     with loaded(service) as answers:
         wait_until(lambda: service.replicas() == 2, "no second replica")
+        service.wait_for_answers_of(2)
     assert {answer.status for answer in answers} == {200}
     wait_until(lambda: service.replicas() == 1, "the second replica stays")
 
@@ -193,14 +210,12 @@ def test_replicas_follow_the_load_to_two_and_back(service: Service) -> None:
 def test_a_node_that_dies_in_mid_load_loses_no_request(service: Service) -> None:
     with loaded(service) as answers:
         wait_until(lambda: service.replicas() == 2, "no second replica")
-        before = len(answers)
-        wait_until(lambda: len(answers) > before + CLIENTS, "no answers of two replicas")
+        service.wait_for_answers_of(2)
         service.cluster.remove_node(service.worker, allow_graceful=False)
         # The replica ends when it misses its node, seconds later.
         wait_until(lambda: any(len(answer.request_ids) > 1 for answer in answers), "nothing was tried again")
-        before = len(answers)
-        wait_until(lambda: len(answers) > before + CLIENTS, "no answers of the replica that is left")
+        service.wait_for_answers_of(1)
     assert {answer.status for answer in answers} == {200}
-    answered = service.answered()
+    answered = sum(service.answered().values(), Counter())
     assert all(answered[answer.request_ids[-1]] == 1 for answer in answers)
     assert set(answered.values()) == {1}
