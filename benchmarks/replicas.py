@@ -9,8 +9,9 @@ docker/haproxy/haproxy.cfg; the client and HAProxy have the cores that are left.
     latency         Poisson arrivals at a share of what so many replicas can make by these steps; the
                     simulation gets the same arrivals, and its percentiles stand beside the measured ones
     ends            the largest number of replicas, two of which end in mid-load: one by SIGTERM after a third
-                    of the arrivals, one by SIGKILL after two; the load is the share of what the others can
-                    make. A client tries again after 429, 502, 503 and a connection that failed
+                    of the time, one by SIGKILL after two, each while it makes an image; the load is the share
+                    of what the others can make. A client tries again after 429, 502, 503 and a connection
+                    that failed
 
 By the client's outcomes, HAProxy's log and the replicas' logs it is then checked that each request was
 answered with its image, once; that the replica of SIGTERM answered all that it had accepted and ended with 0;
@@ -255,20 +256,37 @@ async def load_with_ends(
     planned: Sequence[PlannedRequest],
     ends: Sequence[tuple[float, RunningServer, signal.Signals]],
     report: Report,
-) -> list[Outcome]:
-    """The outcomes of a client that tries again, while servers get signals at their times."""
+) -> tuple[list[Outcome], list[float]]:
+    """The outcomes of a client that tries again, and when each server got its signal.
 
-    async def end(at_s: float, server: RunningServer, number: signal.Signals) -> None:
-        await asyncio.sleep(at_s)
-        server.process.send_signal(number)
+    That is as soon as, from its time on, the server makes an image: an end that concerns nobody shows
+    nothing.
+    """
+    started = time.perf_counter()
 
-    async with asyncio.TaskGroup() as group:
+    async with (
+        httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client,
+        asyncio.TaskGroup() as group,
+    ):
         sending = group.create_task(
             open_loop(url, planned, timeout_s=TIMEOUT_S, retry_s=RETRY_S, report=report)
         )
-        for at_s, server, number in ends:
-            group.create_task(end(at_s, server, number))
-    return sending.result()
+
+        async def end(at_s: float, server: RunningServer, number: signal.Signals) -> float:
+            await asyncio.sleep(at_s)
+            while not sending.done() and not await _is_busy(client, server.url):  # noqa: ASYNC110
+                await asyncio.sleep(_POLL_S)  # another process has no event to wait for
+            server.process.send_signal(number)
+            return time.perf_counter() - started
+
+        ending = [group.create_task(end(*one)) for one in ends]
+    return sending.result(), [task.result() for task in ending]
+
+
+async def _is_busy(client: httpx.AsyncClient, url: str) -> bool:
+    lines = (await client.get(f"{url}/metrics")).text.splitlines()
+    running = [line for line in lines if line.startswith("lamamba_num_requests_running{")]
+    return any(float(line.rsplit(" ", 1)[1]) > 0 for line in running)
 
 
 def faults_of(
@@ -326,7 +344,7 @@ def end_figures(
         "tried_again": sum(outcome.tries > 1 for outcome in outcomes),
         "made_more_than_once": sum(len(made.intersection(o.request_ids)) > 1 for o in outcomes),
         "answered_after_sigterm": open_at_the_end(next(iter(ended_at))),
-        "broken_tries": sum(route.status in (-1, 502) for route in taken),
+        "tries_by_status": dict(sorted(Counter(str(route.status) for route in taken).items())),
         "by_server": dict(sorted(Counter(route.server for route in taken if route.status == 200).items())),
     }
 
@@ -365,6 +383,7 @@ def plot(content: Mapping[str, Any], path: Path) -> Path:
         right.axvline(at_s, color="#1d4ed8", linestyle="--", linewidth=1)
         right.annotate(name, (at_s, 1), xycoords=("data", "axes fraction"), fontsize=8, va="top")
     right.set_xlabel("when the request came, s")
+    right.set_ylabel("latency, s")
     right.set_ylim(bottom=0)
     right.set_title(f"{ends['replicas']} replicas, two of which end", fontsize=10)
     finish(right)
@@ -489,25 +508,24 @@ def measure_ends(
     """The last part: its figures and its faults."""
     terminated, killed = replicas[:NUM_ENDS]
     last_s = plan[-1].at_s
-    ended_at = {terminated.name: last_s / 3, killed.name: 2 * last_s / 3}
-    signals = {terminated.name: "SIGTERM", killed.name: "SIGKILL"}
     ends = [
-        (ended_at[replica.name], replica.server, signal.Signals[signals[replica.name]])
-        for replica in (terminated, killed)
+        (last_s / 3, terminated.server, signal.SIGTERM),
+        (2 * last_s / 3, killed.server, signal.SIGKILL),
     ]
     before = {replica.name: len(replica.answered()) for replica in replicas}
     with balanced(program, replicas) as (url, log):
-        outcomes = asyncio.run(load_with_ends(url, plan, ends, report))
+        outcomes, times = asyncio.run(load_with_ends(url, plan, ends, report))
         try:
             exit_code = terminated.server.process.wait(END_LIMIT_S)
         except subprocess.TimeoutExpired:
             exit_code = None
         taken = log()
     answered = {replica.name: replica.answered()[before[replica.name] :] for replica in replicas}
+    ended_at = dict(zip((terminated.name, killed.name), times, strict=True))
     figures = end_figures(outcomes, taken, answered, ended_at) | {
         "replicas": len(replicas),
         "exit_code_after_sigterm": exit_code,
-        "ended_at_s": {signals[name]: round(at_s, 3) for name, at_s in ended_at.items()},
+        "ended_at_s": {number.name: round(at_s, 3) for (_, _, number), at_s in zip(ends, times, strict=True)},
         "run": summarize(outcomes),
         "requests": [
             {"at_s": round(o.at_s, 3), "latency_s": round(o.latency_s, 4), "tries": o.tries} for o in outcomes

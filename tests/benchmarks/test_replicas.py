@@ -132,7 +132,7 @@ def test_ends_count_what_was_open_and_what_was_made_again() -> None:
         "tried_again": 1,
         "made_more_than_once": 1,
         "answered_after_sigterm": 1,
-        "broken_tries": 1,
+        "tries_by_status": {"200": 3, "502": 1},
         "by_server": {"one": 1, "three": 2},
     }
 
