@@ -189,7 +189,7 @@ def _ready(url: str) -> bool:
 
 def routes(log: str) -> list[Route]:
     """What HAProxy's log says of requests that have an id."""
-    lines = re.findall(r"(?m)^([0-9a-f]{16}) (\S+) (-?\d+) \S{2} \+?\d+ \+?\d+$", log)
+    lines = re.findall(r"(?m)^([0-9a-f]{16}) (\S+) (-?\d+) ", log)
     return [Route(request_id, server, int(status)) for request_id, server, status in lines]
 
 
