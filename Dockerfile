@@ -2,6 +2,7 @@
 #   docker build --target cpu --build-arg TORCH_INDEX_URL=<PyTorch's CPU index> -t lamamba:cpu .
 #   docker build --target cuda -t lamamba:cuda .
 # TORCH_INDEX_URL is where torch comes from: empty, pip's default index, whose build brings CUDA's libraries along.
+# EXTRAS are the package's extras that are installed: otel, for traces; otel,ray for Ray Serve (k8s/ray/).
 # Behind a proxy, or from mirrors: the images and PIP_INDEX_URL are arguments, and two secrets, each if needed, are
 #   --secret id=ca_bundle,src=FILE (what pip trusts) and --secret id=pip_conf,src=FILE (an index with a password).
 ARG PYTHON_IMAGE=python:3.11-slim
@@ -22,6 +23,7 @@ RUN docker/pip.sh wheel --no-index --no-deps --no-build-isolation --wheel-dir /w
 FROM ${PYTHON_IMAGE} AS cpu-dependencies
 ARG PIP_INDEX_URL=
 ARG TORCH_INDEX_URL=
+ARG EXTRAS=otel
 WORKDIR /src
 COPY docker/pip.sh docker/install-dependencies.sh docker/
 COPY pyproject.toml constraints.txt ./
@@ -40,6 +42,7 @@ RUN --mount=type=cache,target=/var/cache/apt --mount=type=cache,target=/var/lib/
 FROM cuda-base AS cuda-dependencies
 ARG PIP_INDEX_URL=
 ARG TORCH_INDEX_URL=
+ARG EXTRAS=otel
 WORKDIR /src
 COPY docker/pip.sh docker/install-dependencies.sh docker/
 COPY pyproject.toml constraints.txt ./

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 
-.PHONY: help install serve test test-all test-docker test-k8s check format lint types docs dashboard rules sbom \
+.PHONY: help install serve test test-all test-docker test-k8s test-ray check format lint types docs dashboard rules sbom \
 	programs lock clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -28,17 +28,17 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: $(VENV)/.installed  ## install and serve the shipped models on http://localhost:8000
 	$(BIN)/lamamba serve --host $(HOST) --port $(PORT)
 
-programs:  ## as root on Debian, install the programs that tests/deploy runs
-	@if command -v promtool >/dev/null && command -v amtool >/dev/null; then :; \
+programs:  ## as root on Debian, install the programs that tests run
+	@if command -v promtool >/dev/null && command -v amtool >/dev/null && command -v haproxy >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
-		apt-get -qq install -y --no-install-recommends prometheus prometheus-alertmanager >/dev/null; then :; \
-	else echo "no Prometheus could be installed: the tests that run it will skip"; fi
+		apt-get -qq install -y --no-install-recommends haproxy prometheus prometheus-alertmanager >/dev/null; then :; \
+	else echo "Prometheus and HAProxy could not be installed: the tests that run them will skip"; fi
 
 test: programs check  ## install, then run lint, types and every test that takes minutes
-	$(BIN)/python -m pytest -q -m "not slow and not docker" --durations=15
+	$(BIN)/python -m pytest -q -m "not slow and not docker and not ray" --durations=15
 
 test-all: check  ## also the slow tests
-	$(BIN)/python -m pytest -q -m "not docker" --durations=15
+	$(BIN)/python -m pytest -q -m "not docker and not ray" --durations=15
 
 test-docker: $(VENV)/.installed-dev  ## as root on Debian, run docker compose on an engine made for it; minutes
 	apt-get -qq update && apt-get -qq install -y --no-install-recommends docker.io iptables debootstrap >/dev/null
@@ -49,6 +49,15 @@ test-k8s: $(VENV)/.installed-dev  ## check k8s/ with checkov too, which needs an
 	test -x .venv-checkov/bin/python || $(PYTHON) -m venv .venv-checkov
 	.venv-checkov/bin/python -m pip --disable-pip-version-check install -q checkov==3.3.30
 	PATH="$(CURDIR)/.venv-checkov/bin:$$PATH" $(BIN)/python -m pytest -q -rs tests/deploy/test_k8s.py
+
+.venv-ray/.installed: pyproject.toml constraints.txt
+	test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip --disable-pip-version-check install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	.venv-ray/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[dev,ray]'
+	@touch $@
+
+test-ray: .venv-ray/.installed  ## run the server in Ray Serve on two nodes of this machine; minutes
+	.venv-ray/bin/python -m pytest -q -m ray --durations=15
 
 check: lint types  ## lint, formatting and strict types
 
@@ -77,11 +86,13 @@ rules: $(VENV)/.installed-dev  ## write Prometheus' rules as Kubernetes' Prometh
 
 sbom: $(VENV)/.installed-dev  ## write build/sbom.json, what the server is built of (CycloneDX)
 	$(MAKE) VENV=.venv-sbom .venv-sbom/.installed
+	.venv-sbom/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[otel]'
 	mkdir -p build
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.json .venv-sbom
 
-lock: $(VENV)/.installed-dev  ## write the versions installed in .venv to constraints.txt
-	$(PIP) freeze --exclude-editable | sed -e 's/+cpu$$//' -e '/^pip==/d' | LC_ALL=C sort > constraints.txt
+lock: $(VENV)/.installed-dev .venv-ray/.installed  ## write the versions installed in both to constraints.txt
+	for venv in $(VENV) .venv-ray; do $$venv/bin/python -m pip --disable-pip-version-check freeze --exclude-editable; \
+		done | sed -e 's/+cpu$$//' -e '/^pip==/d' | LC_ALL=C sort -u > constraints.txt
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .venv-sbom .venv-checkov build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-sbom .venv-checkov .venv-ray build dist .pytest_cache .mypy_cache .ruff_cache

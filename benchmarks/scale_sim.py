@@ -124,6 +124,11 @@ class Replica:
         return finished
 
 
+def rows_of(entry: MixEntry) -> int:
+    """Rows of a step of one of its images."""
+    return 1 if entry.cfg_scale == 1 else ROWS_OF_A_GUIDED_IMAGE
+
+
 def arrivals(
     mix: Sequence[MixEntry], images_per_s: float, count: int, draw: random.Random
 ) -> Iterator[Image]:
@@ -132,8 +137,7 @@ def arrivals(
     weights = [entry.weight for entry in mix]
     for entry in draw.choices(mix, weights, k=count):
         now += draw.expovariate(images_per_s)
-        rows = 1 if entry.cfg_scale == 1 else ROWS_OF_A_GUIDED_IMAGE
-        yield Image(came_at=now, steps_left=entry.steps, rows=rows)
+        yield Image(came_at=now, steps_left=entry.steps, rows=rows_of(entry))
 
 
 def chooser(balancer: str, replicas: Sequence[Replica], draw: random.Random) -> Callable[[], Replica]:
@@ -185,9 +189,7 @@ def simulate(
 def capacity(mix: Sequence[MixEntry], max_rows: int, step_s: Callable[[int], float]) -> float:
     """Images a second of a replica whose steps are all full."""
     weights = [entry.weight for entry in mix]
-    row_steps = [
-        entry.steps * (1 if entry.cfg_scale == 1 else ROWS_OF_A_GUIDED_IMAGE) * entry.weight for entry in mix
-    ]
+    row_steps = [entry.steps * rows_of(entry) * entry.weight for entry in mix]
     return max_rows / step_s(max_rows) / (sum(row_steps) / sum(weights))
 
 

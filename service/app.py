@@ -49,7 +49,10 @@ _CORS_ANSWER_HEADERS = [
 
 
 def create_app(
-    settings: Settings | None = None, pipelines: Sequence[ServedPipeline] | None = None
+    settings: Settings | None = None,
+    pipelines: Sequence[ServedPipeline] | None = None,
+    *,
+    load_first: bool = False,
 ) -> FastAPI:
     """The server as an ASGI app.
 
@@ -57,6 +60,8 @@ def create_app(
         settings: None reads them from the environment (`uvicorn --factory service.app:create_app`).
         pipelines: loaded models to serve instead of those that the settings name. With them the app is ready
             when its lifespan has started; without, the models load while it answers its probes.
+        load_first: its lifespan has started only when the models have loaded, and fails with them: for a host
+            that sends requests from then on.
     """
     settings = settings if settings is not None else load_settings()
     runtime = Runtime(settings, pipelines)
@@ -65,8 +70,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         start = asyncio.create_task(runtime.start())
-        if pipelines is not None:
+        if load_first or pipelines is not None:
             await start
+        if load_first:
+            runtime.check_alive()
         yield
         await start
         await runtime.stop()

@@ -16,7 +16,7 @@ from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -30,7 +30,7 @@ from service.engine.decode import MAX_DECODE_BATCH
 from service.engine.engine import Engine
 from service.engine.group import EngineGroup
 from service.engine.memory_probe import probe_max_rows
-from service.errors import Draining, EngineStopped, NotReady, StartupError
+from service.errors import Draining, EngineFailure, EngineStopped, NotReady, StartupError
 from service.idempotency import IdempotentAnswers
 from service.metrics import Metrics
 from service.model_control import ModelControl
@@ -48,10 +48,11 @@ if TYPE_CHECKING:
     from service.engine.request import LaneName
     from service.settings import Settings
 
-__all__ = ["Runtime", "RuntimeState"]
+__all__ = ["MAX_ROWS_ON_CPU", "Runtime", "RuntimeState"]
 
-# On a CPU a row costs the same in a batch of 8 as in one of 32, which would only make everybody wait longer.
-_MAX_ROWS_ON_CPU = 8
+MAX_ROWS_ON_CPU: Final = 8
+"""Rows of a step by default. A row costs the same in a batch of 8 as in one of 32, which would only make
+everybody wait longer."""
 
 # After a step the engine's thread waits until the one that runs Python (requests, decoder, encoders) gives
 # way, by Python's default for up to 5 ms: as long as a step of XL takes at few rows.
@@ -111,6 +112,15 @@ class Runtime:
     def engine_failure(self) -> BaseException | None:
         """What the engine has died of."""
         return None if self._engine is None else self._engine.failure
+
+    def check_alive(self) -> None:
+        """Raises StartupError where the models cannot be loaded, EngineFailure where the engine has died."""
+        if self.failure is not None:
+            raise self.failure
+        if self.engine_failure is not None:
+            raise EngineFailure(
+                f"the engine has died: {one_line(self.engine_failure)}; the log has its trace"
+            ) from self.engine_failure
 
     @property
     def started(self) -> bool:
@@ -273,7 +283,7 @@ class Runtime:
     def _default_max_rows(self, pipelines: Sequence[ServedPipeline]) -> int:
         """Raises ValueError where a GPU has no memory for any."""
         if pipelines[0].device.type != "cuda":
-            return _MAX_ROWS_ON_CPU
+            return MAX_ROWS_ON_CPU
         if self.settings.deterministic:
             return DETERMINISTIC_ROWS
         return probe_max_rows(pipelines, decode_batch=MAX_DECODE_BATCH, captured=self.settings.cuda_graphs)

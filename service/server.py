@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from model.messages import one_line
 from service.app import create_app
-from service.errors import EngineFailure, StartupError
+from service.errors import StartupError
 from service.runtime import RuntimeState
 
 if TYPE_CHECKING:
@@ -114,9 +113,4 @@ def run_server(settings: Settings) -> None:
         _logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         DrainingServer(app, settings).run(sockets=[bound])
         runtime: Runtime = app.state.runtime
-        if runtime.failure is not None:
-            raise runtime.failure
-        if runtime.engine_failure is not None:
-            raise EngineFailure(
-                f"the engine has died: {one_line(runtime.engine_failure)}; the log has its trace"
-            ) from runtime.engine_failure
+        runtime.check_alive()

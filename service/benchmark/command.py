@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from service.benchmark.load import Outcome
     from service.benchmark.run import BatchLimits, LoadConfig, Observer
 
-__all__ = ["serving_app"]
+__all__ = ["progress_observer", "serving_app"]
 
 serving_app = typer.Typer()
 
@@ -82,7 +82,7 @@ def bench_serve(
         if concurrency is not None:
             check_concurrency(concurrency, config.requests)
         environment = facts()
-        with _server_url(url, own_options) as address, _observer() as observer:
+        with _server_url(url, own_options) as address, progress_observer() as observer:
             check_server(address, config.mix)
             report = observer("requests", config.requests)
             if concurrency is not None:
@@ -171,7 +171,7 @@ def bench_batching(
                 raise ValueError(f"peer: {peer_name} given 2 times; names must differ")
             commands[peer_name] = command
         path = (output_dir or RESULTS) / f"{name}.json"
-        with _observer() as observer:
+        with progress_observer() as observer:
             content = run_comparison(
                 commands,
                 config,
@@ -273,7 +273,7 @@ def _server_url(url: str | None, serve_options: Sequence[str]) -> Iterator[str]:
 
 
 @contextmanager
-def _observer() -> Iterator[Observer]:
+def progress_observer() -> Iterator[Observer]:
     """A line of progress for each run; nothing where none begins."""
     from model.progress import progress_display
 

@@ -5,6 +5,8 @@
                   server saturated without overfilling its queue
 
 A latency counts from when a request should have come, so that what holds the generator up is not hidden.
+A client that tries again does so where the request may be sent once more: what was not answered, and 429, 502
+and 503, with which servers and balancers say that there is no image.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from secrets import token_hex
 from typing import Any, Final
 
 import httpx
@@ -20,9 +23,10 @@ import httpx
 from service.benchmark.arrivals import PlannedRequest
 from service.benchmark.mix import MixEntry
 
-__all__ = ["OK", "Outcome", "check_server", "closed_loop", "open_loop"]
+__all__ = ["OK", "Outcome", "Report", "check_server", "closed_loop", "open_loop"]
 
 OK: Final = "200"
+_RETRIED: Final = ("429", "502", "503")
 _CHECK_STEPS = 2
 _CHECK_LIMIT_S = 60.0
 
@@ -40,11 +44,18 @@ class Outcome:
     """The HTTP status, or the name of the client's error."""
     timings: dict[str, float] = field(default_factory=dict)
     """The server's own, by stage; empty where it tells none."""
+    request_ids: tuple[str, ...] = ()
+    """The `X-Request-ID` of each try; the status is the last one's."""
 
     @property
     def ok(self) -> bool:
         """Whether there is an image."""
         return self.status == OK
+
+    @property
+    def tries(self) -> int:
+        """How often it was sent."""
+        return len(self.request_ids)
 
     @property
     def latency_s(self) -> float:
@@ -74,16 +85,26 @@ def check_server(url: str, mix: Sequence[MixEntry]) -> None:
 
 
 async def open_loop(
-    url: str, planned: Sequence[PlannedRequest], *, timeout_s: float, report: Report = lambda outcome: None
+    url: str,
+    planned: Sequence[PlannedRequest],
+    *,
+    timeout_s: float,
+    retry_s: float | None = None,
+    report: Report = lambda outcome: None,
 ) -> list[Outcome]:
-    """Send each request at its time; the outcomes in order of arrival."""
+    """Send each request at its time; the outcomes in order of arrival.
+
+    `retry_s`: seconds after which a request without an image is tried again, until `timeout_s` have passed;
+    None: one try.
+    """
     async with _client(timeout_s) as client:
         started = time.perf_counter()
         tasks: list[asyncio.Task[Outcome]] = []
         async with asyncio.TaskGroup() as group:
             for request in planned:
                 await asyncio.sleep(max(0.0, started + request.at_s - time.perf_counter()))
-                tasks.append(group.create_task(_send(client, url, request, started, report)))
+                sending = _send(client, url, request, started, report, retry_s, timeout_s)
+                tasks.append(group.create_task(sending))
     return [task.result() for task in tasks]
 
 
@@ -124,23 +145,48 @@ def _client(timeout_s: float) -> httpx.AsyncClient:
 
 
 async def _send(
-    client: httpx.AsyncClient, url: str, request: PlannedRequest, started: float, report: Report
+    client: httpx.AsyncClient,
+    url: str,
+    request: PlannedRequest,
+    started: float,
+    report: Report,
+    retry_s: float | None = None,
+    timeout_s: float = 0.0,
 ) -> Outcome:
     sent_s = time.perf_counter() - started
-    timings: dict[str, float] = {}
-    try:
-        response = await client.post(f"{url}/generate", json=request.body)
-        status = str(response.status_code)
+    request_ids: list[str] = []
+    while True:
+        request_ids.append(token_hex(8))
+        status, timings = await _try(client, url, request, request_ids[-1])
         done_s = time.perf_counter() - started
-        if status == OK:
-            timings = response.json().get("timings", {})
-    except httpx.TransportError as error:
-        status, done_s = type(error).__name__, time.perf_counter() - started
+        again = status in _RETRIED or not status.isdigit()
+        if retry_s is None or not again or done_s + retry_s > sent_s + timeout_s:
+            break
+        await asyncio.sleep(retry_s)
     outcome = Outcome(
-        entry=request.entry, at_s=request.at_s, sent_s=sent_s, done_s=done_s, status=status, timings=timings
+        entry=request.entry,
+        at_s=request.at_s,
+        sent_s=sent_s,
+        done_s=done_s,
+        status=status,
+        timings=timings,
+        request_ids=tuple(request_ids),
     )
     report(outcome)
     return outcome
+
+
+async def _try(
+    client: httpx.AsyncClient, url: str, request: PlannedRequest, request_id: str
+) -> tuple[str, dict[str, float]]:
+    """Status, or the name of the client's error, and the server's timings."""
+    headers = {"x-request-id": request_id}
+    try:
+        response = await client.post(f"{url}/generate", json=request.body, headers=headers)
+    except httpx.TransportError as error:
+        return type(error).__name__, {}
+    status = str(response.status_code)
+    return status, response.json().get("timings", {}) if status == OK else {}
 
 
 def _words(response: httpx.Response) -> Any:

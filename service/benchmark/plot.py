@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot_comparison", "plot_run"]
+__all__ = ["finish", "plot_comparison", "plot_run", "pyplot", "save"]
 
 _COLORS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#525252")
 
 
 def plot_run(content: Mapping[str, Any], path: Path) -> Path:
     """Write the distribution of latencies, one line an entry of the mix, to `path` (PNG)."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for label in content["run"]["by_entry"]:
         latencies = sorted(
@@ -30,13 +30,13 @@ def plot_run(content: Mapping[str, Any], path: Path) -> Path:
     axes.set_xlabel("latency, s")
     axes.set_ylabel("% of answered requests")
     axes.set_ylim(0, 100)
-    _finish(axes)
-    return _save(figure, content["environment"], path)
+    finish(axes)
+    return save(figure, content["environment"], path)
 
 
 def plot_comparison(content: Mapping[str, Any], path: Path) -> Path:
     """Write p50 and p95 over the offered load, of all requests and of the shortest entry, to `path` (PNG)."""
-    plt = _pyplot()
+    plt = pyplot()
     runs: Sequence[Mapping[str, Any]] = content["runs"]
     policies = list(dict.fromkeys(run["policy"] for run in runs))
     shortest = next((label for run in runs for label in run["by_entry"]), "")
@@ -71,28 +71,31 @@ def plot_comparison(content: Mapping[str, Any], path: Path) -> Path:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-        _finish(axes)
+        finish(axes)
     panels[0].set_ylabel("latency, s")
-    return _save(figure, content["environment"], path)
+    return save(figure, content["environment"], path)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, which writes files alone."""
     import matplotlib as mpl
 
-    mpl.use("Agg")  # writes files; no display is looked for
+    mpl.use("Agg")  # no display is looked for
     from matplotlib import pyplot
 
     return pyplot
 
 
-def _finish(axes: Any) -> None:
+def finish(axes: Any) -> None:
+    """Grid, and a legend where lines have names."""
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
 
 
-def _save(figure: Any, environment: Mapping[str, Any], path: Path) -> Path:
+def save(figure: Any, environment: Mapping[str, Any], path: Path) -> Path:
+    """Write the figure to `path` (PNG), headed by what the run was on."""
     figure.suptitle(environment.get("gpu", f"{environment['cpus']} cores, {environment['cpu']}"), fontsize=11)
     figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return path

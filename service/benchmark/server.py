@@ -8,12 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Final
+from typing import IO, Final
 
 import httpx
 
@@ -45,11 +45,16 @@ class RunningServer:
     """A server that is ready."""
 
     url: str
-    pid: int
+    process: subprocess.Popen[bytes] = field(repr=False)
     live_s: float
     """From the start of the process to the first answer to a probe."""
     ready_s: float
     """From the start of the process to readiness: models loaded and warm."""
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self.process.pid
 
     def memory_bytes(self) -> dict[str, int]:
         """Resident memory now, and its peak so far."""
@@ -82,42 +87,50 @@ def serve_command(options: Sequence[str]) -> list[str]:
 
 @contextmanager
 def running_command(
-    command: Sequence[str], *, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    cores: Collection[int] = (),
+    log: IO[bytes] | None = None,
 ) -> Iterator[RunningServer]:
     """Start a server that has our probes, wait until it is ready, end it after use.
 
     `{port}` in the command stands for a free port; it runs in the repository's root. What it writes to stderr
-    is repeated when it has ended. Raises ServerNotStarted where it ends, or is not ready after two minutes.
+    goes to `log`; without one it is repeated when the server has ended. `cores`: those it may run on, where
+    there are any. Raises ServerNotStarted where it ends, or is not ready after two minutes.
     """
     port = str(free_port())
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LAMAMBA_")}
     arguments = [argument.replace(PORT, port) for argument in command]
-    with TemporaryFile() as log:
+    with nullcontext(log) if log is not None else TemporaryFile() as written:
         started = time.monotonic()
         try:
             process = subprocess.Popen(
                 arguments,
                 cwd=_ROOT,
                 env=inherited | dict(environment or {}),
-                stderr=log,
+                stderr=written,
                 start_new_session=True,
             )
         except OSError as error:
             raise ServerNotStarted(f"{arguments[0]}: it cannot be run ({error.strerror})") from error
         failure: ServerNotStarted | None = None
         try:
+            if cores:  # before it has a second thread: those inherit it
+                os.sched_setaffinity(process.pid, cores)
             url = f"http://127.0.0.1:{port}"
             live_s = _wait_for(process, f"{url}/health/live", started)
             ready_s = _wait_for(process, f"{url}/health/ready", started)
-            yield RunningServer(url=url, pid=process.pid, live_s=live_s, ready_s=ready_s)
+            yield RunningServer(url=url, process=process, live_s=live_s, ready_s=ready_s)
         except ServerNotStarted as error:
             failure = error
         finally:
             _end(process)
-            log.seek(0)
-            lines = log.read().decode(errors="replace").splitlines(keepends=True)
+            written.seek(0)
+            lines = written.read().decode(errors="replace").splitlines(keepends=True)
             last = lines.pop().strip() if failure and lines else ""
-            sys.stderr.writelines(lines)
+            if log is None:
+                sys.stderr.writelines(lines)
         if failure:
             raise ServerNotStarted(f"{failure}: {last}" if last else str(failure))
 

@@ -1,7 +1,8 @@
 """JSON schemas of the custom resources in k8s/, which kubernetes-validate does not know.
 
 They are the fields that the manifests use, with the types and values that the operators themselves allow
-(Prometheus Operator's monitoring.coreos.com/v1, KEDA's keda.sh/v1alpha1), and allow no other field.
+(Prometheus Operator's monitoring.coreos.com/v1, KEDA's keda.sh/v1alpha1, KubeRay's ray.io/v1), and allow no
+other field. Templates of pods within them are for kubernetes-validate.
 """
 
 from __future__ import annotations
@@ -75,7 +76,45 @@ _FALLBACK = _object(
     },
 )
 
+_POD_TEMPLATE = _object({"metadata": {"type": "object"}, "spec": {"type": "object"}})
+_RAY_GROUP = {"rayStartParams": _TEXTS, "template": _POD_TEMPLATE}
+
 SCHEMAS = {
+    "RayService": _resource(
+        "ray.io/v1",
+        "RayService",
+        _object(
+            {
+                "serveConfigV2": _TEXT,
+                "rayClusterConfig": _object(
+                    {
+                        "rayVersion": {"type": "string", "pattern": r"^\d+\.\d+\.\d+$"},
+                        "headGroupSpec": _object(_RAY_GROUP),
+                        "workerGroupSpecs": _list(
+                            _object(
+                                _RAY_GROUP
+                                | {"groupName": _TEXT}
+                                | dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), _COUNT)
+                            )
+                        ),
+                    },
+                    {
+                        "enableInTreeAutoscaling": {"type": "boolean"},
+                        "autoscalerOptions": _object(
+                            {},
+                            {
+                                "version": {"enum": ["v1", "v2"]},
+                                "idleTimeoutSeconds": _COUNT,
+                                "resources": {"type": "object"},
+                                "securityContext": {"type": "object"},
+                            },
+                        ),
+                    },
+                ),
+            },
+            {"excludeHeadPodFromServeSvc": {"type": "boolean"}},
+        ),
+    ),
     "PodMonitor": _resource(
         "monitoring.coreos.com/v1",
         "PodMonitor",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import MagicMock
 
 import pytest
@@ -50,7 +50,7 @@ class FakeServers:
         self.started.append(list(command))
         assert self.running == 0, "each server is to be alone on the machine"
         self.running += 1
-        yield RunningServer(url=command[-1], pid=0, live_s=0.0, ready_s=0.0)
+        yield RunningServer(url=command[-1], process=cast(Any, None), live_s=0.0, ready_s=0.0)
         self.running -= 1
 
     async def closed_loop(
@@ -240,7 +240,7 @@ def test_the_plot_tells_policies_and_percentiles_apart(
         panel.get_legend_handles_labels.return_value = ([1], ["a"])
     pyplot = MagicMock()
     pyplot.subplots.return_value = (MagicMock(), panels)
-    monkeypatch.setattr(service.benchmark.plot, "_pyplot", lambda: pyplot)
+    monkeypatch.setattr(service.benchmark.plot, "pyplot", lambda: pyplot)
     plot_comparison(COMPARED, tmp_path / "batching.png")
     for panel in panels:
         lines = {call.kwargs["label"]: call for call in panel.plot.call_args_list}

@@ -102,6 +102,42 @@ def test_arrivals_do_not_wait_for_answers() -> None:
     assert max(outcome.sent_s for outcome in outcomes) <= min(outcome.done_s for outcome in outcomes)
 
 
+@pytest.mark.parametrize(
+    ("answers", "status", "tries"),
+    [([503, 200], "200", 2), ([None, 502, 429, 200], "200", 4), ([500, 200], "500", 1), ([422], "422", 1)],
+    ids=["refused", "broken", "failed", "wrong"],
+)
+def test_a_client_tries_again_what_may_be_sent_again(
+    answers: list[int | None], status: str, tries: int
+) -> None:
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            answer = answers[len(seen)]
+            seen.append(self.headers["x-request-id"])
+            if answer is not None:  # else the connection ends without one
+                self.send_response(answer)
+                self.send_header("content-length", "2")
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        planned = [PlannedRequest(at_s=0.0, entry=ENTRY, body={})]
+        url = f"http://127.0.0.1:{server.server_port}"
+        [one] = asyncio.run(open_loop(url, planned, timeout_s=TIMEOUT_S, retry_s=0.01))
+        server.shutdown()
+        thread.join(TIMEOUT_S)
+    assert (one.status, one.tries) == (status, tries)
+    assert one.request_ids == tuple(seen)
+    assert len(set(seen)) == tries
+
+
 def outcome(latency_s: float, *, at_s: float = 0.0, status: str = "200", entry: MixEntry = ENTRY) -> Outcome:
     return Outcome(entry=entry, at_s=at_s, sent_s=at_s, done_s=at_s + latency_s, status=status)
 

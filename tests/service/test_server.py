@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -27,6 +28,7 @@ from service.server import DrainingServer, bind_socket, run_server
 from service.settings import Settings
 from tests.fakes import LABELS, fake_pipeline
 from tests.service.conftest import ClientFactory, leave_at_third_step, with_client
+from tests.tiny_model import save_tiny_model
 
 TIMEOUT_S = 30.0
 BODY: dict[str, Any] = {"class_id": 2, "steps": 4, "seed": 9}
@@ -328,3 +330,19 @@ def test_probes_that_answer_503_are_no_news(caplog: pytest.LogCaptureFixture) ->
         assert asyncio.run(with_client(app, talk)) == [503, 503, 404]
     levels = [record.levelname for record in caplog.records if record.name == "service.access"]
     assert levels == ["DEBUG", "DEBUG", "INFO"]
+
+
+def test_an_app_that_loads_first_is_ready_from_the_start_or_does_not_start(tmp_path: Path) -> None:
+    async def status(settings: Settings) -> int:
+        app = create_app(settings, load_first=True)
+        transport = httpx.ASGITransport(app=app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        ):
+            return (await client.get("/health/ready")).status_code
+
+    folder = save_tiny_model(tmp_path)
+    assert asyncio.run(status(Settings(models=(str(folder),), device="cpu"))) == 200
+    with pytest.raises(StartupError, match="no-such-folder: no such model folder"):
+        asyncio.run(status(Settings(models=("./no-such-folder",), device="cpu")))
