@@ -195,8 +195,12 @@ def info(
     with usage_errors():
         if resolution < 32 or resolution % 32:
             raise ValueError(f"resolution: {resolution} given; a multiple of 32 pixels is accepted")
+        from model.architecture import Architecture, saved_architecture
         from model.config import LaMambaConfig
-        from model.network.macs import describe, paper_table
+        from model.network.kinds import describe_network
+        from model.network.macs import paper_table
+
+        config: Architecture
 
         if paper:
             rows = paper_table()
@@ -207,10 +211,10 @@ def info(
                 fields = json.loads((model / "transformer" / "config.json").read_text(encoding="utf-8"))
             except (OSError, json.JSONDecodeError) as error:
                 raise ValueError(f"model: {model} is not a model folder ({error})") from error
-            config = LaMambaConfig.from_saved(fields)
+            config = saved_architecture(fields)
         else:
             config = LaMambaConfig.preset(preset, sample_size=resolution // 8, d_state=d_state)
-        description = describe(config)
+        description = describe_network(config)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
     else:

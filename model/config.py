@@ -144,12 +144,6 @@ class LaMambaConfig:
             raise ValueError(unknown_field(unknown[0], known, "the network"))
         return cls(**fields)
 
-    @classmethod
-    def from_saved(cls, fields: dict[str, Any]) -> Self:
-        """A configuration from a saved network's config.json, whose further entries are diffusers' own."""
-        own = {field.name for field in dataclasses.fields(cls)}
-        return cls.from_dict({name: value for name, value in fields.items() if name in own})
-
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)

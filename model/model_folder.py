@@ -1,10 +1,10 @@
 """What is in a model's folder: reading it, checking it, writing it.
 
-The folder has diffusers' pipeline layout, so `DiTPipeline.from_pretrained` reads it too once LaMambaDiff is
-imported:
+The folder has diffusers' pipeline layout, so `DiTPipeline.from_pretrained` reads it too once the network's
+class is imported:
 
     model_index.json   DiTPipeline's index with id2label, and our own entries under "lamamba"
-    transformer/       LaMambaDiff
+    transformer/       LaMambaDiff, or the DiT that it is compared with
     vae/               AutoencoderKL
     scheduler/         the configuration of a DPMSolverMultistepScheduler, for diffusers alone
     preview.json       the map of `model.preview`, for pictures of unfinished images; may be missing
@@ -14,7 +14,6 @@ What cannot be read or does not fit is a ValueError of one line that names the f
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -23,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -35,6 +34,7 @@ from model.diffusion.samplers import diffusers_scheduler_config
 from model.diffusion.schedule import NoiseSchedule
 from model.limits import GUIDANCE_SCALE_RANGE
 from model.messages import one_line
+from model.network.kinds import NETWORK_CLASSES, DiffusionNetwork, new_network
 from model.network.lamamba import LaMambaDiff
 
 __all__ = [
@@ -150,7 +150,7 @@ def read_model_index(path: Path) -> ModelIndex:
     )
 
 
-def load_network(folder: Path | str) -> LaMambaDiff:
+def load_network(folder: Path | str) -> DiffusionNetwork:
     """The network of a model folder (or of its transformer/ folder) in fp32 on the CPU.
 
     Raises ValueError, one line, for weights that are missing, damaged or not those of their configuration.
@@ -160,7 +160,7 @@ def load_network(folder: Path | str) -> LaMambaDiff:
     try:
         _check_weight_files(path)
         with _quiet_libraries():
-            loaded: Any = LaMambaDiff.from_pretrained(
+            loaded: Any = _network_class(path).from_pretrained(
                 path,
                 torch_dtype=torch.float32,
                 low_cpu_mem_usage=False,
@@ -169,6 +169,7 @@ def load_network(folder: Path | str) -> LaMambaDiff:
             )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path}: the network cannot be loaded: {one_line(error)}") from error
+    network: DiffusionNetwork
     network, info = loaded
     wrong = sorted(str(key) for keys in info.values() for key in keys)
     if wrong:
@@ -176,7 +177,7 @@ def load_network(folder: Path | str) -> LaMambaDiff:
             f"{path}: the network cannot be loaded: {len(wrong)} weights do not fit its configuration, "
             f"{', '.join(wrong[:3])} among them"
         )
-    return cast(LaMambaDiff, network)
+    return network
 
 
 def load_autoencoder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Autoencoder:
@@ -190,7 +191,7 @@ def load_autoencoder(folder: Path, *, device: torch.device, dtype: torch.dtype) 
         return Autoencoder.load(path, device=device, dtype=dtype)
 
 
-def moved_network(network: LaMambaDiff, **where: Any) -> LaMambaDiff:
+def moved_network(network: DiffusionNetwork, **where: Any) -> DiffusionNetwork:
     """`network.to(**where)` by torch's own method.
 
     diffusers' wrapper warns at each cast of modules that the network does not have.
@@ -218,7 +219,7 @@ def weights_hash(folder: Path) -> str:
 def save_model_folder(
     folder: Path,
     *,
-    network: LaMambaDiff,
+    network: DiffusionNetwork,
     autoencoder: Path,
     labels: Sequence[str],
     name: str,
@@ -230,12 +231,19 @@ def save_model_folder(
     folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rounded = LaMambaDiff(**dataclasses.asdict(network.architecture))
+    rounded = new_network(network.architecture)
     rounded.load_state_dict(network.state_dict())
     moved_network(rounded, dtype=dtype).save_pretrained(folder / "transformer", safe_serialization=True)
     shutil.copytree(autoencoder, folder / "vae", dirs_exist_ok=True)
     write_scheduler(folder)
-    write_model_index(folder, labels=labels, name=name, guidance_scale=guidance_scale, gpu_dtype=gpu_dtype)
+    write_model_index(
+        folder,
+        labels=labels,
+        name=name,
+        network_class=type(network),
+        guidance_scale=guidance_scale,
+        gpu_dtype=gpu_dtype,
+    )
 
 
 def write_scheduler(folder: Path) -> None:
@@ -250,6 +258,7 @@ def write_model_index(
     *,
     labels: Sequence[str],
     name: str,
+    network_class: type[DiffusionNetwork] = LaMambaDiff,
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
     gpu_dtype: str = GPU_DTYPES[0],
 ) -> None:
@@ -259,7 +268,7 @@ def write_model_index(
         "_diffusers_version": "0.36.0",
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-        "transformer": ["model.network.lamamba", "LaMambaDiff"],
+        "transformer": [network_class.__module__, network_class.__name__],
         "vae": ["diffusers", "AutoencoderKL"],
         _LAMAMBA_KEY: {"name": name, "guidance_scale": guidance_scale, "gpu_dtype": gpu_dtype},
     }
@@ -286,6 +295,17 @@ def _wrong_entry(path: Path, field: str, value: object, accepted: str) -> ValueE
     shown = json.dumps(value)
     shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
     return ValueError(f"{path}: model_index.json, {field}: {shown} given; {accepted} is accepted")
+
+
+def _network_class(folder: Path) -> Any:
+    """The class of the network that the folder's config.json describes."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("config.json is not an object")
+    name = config.get("_class_name", "LaMambaDiff")
+    if name not in NETWORK_CLASSES:
+        raise ValueError(f"its class is {name!r}; one of {', '.join(NETWORK_CLASSES)} is accepted")
+    return NETWORK_CLASSES[name]
 
 
 def _check_weight_files(folder: Path) -> None:

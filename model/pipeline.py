@@ -37,7 +37,7 @@ from model.model_folder import (
     weights_hash,
 )
 from model.network.compiled_blocks import with_compiled_blocks
-from model.network.lamamba import LaMambaDiff
+from model.network.kinds import DiffusionNetwork
 from model.network.scan import resolve_scan_backend
 from model.preview import PreviewMap, read_preview_map
 
@@ -52,7 +52,7 @@ class LaMambaPipeline:
 
     name: str
     resolution: int
-    network: LaMambaDiff
+    network: DiffusionNetwork
     autoencoder: Autoencoder
     schedule: NoiseSchedule
     labels: tuple[str, ...]
@@ -402,6 +402,6 @@ class LaMambaPipeline:
         return latents
 
 
-def _latent_shape(network: LaMambaDiff) -> tuple[int, int, int]:
+def _latent_shape(network: DiffusionNetwork) -> tuple[int, int, int]:
     side = network.architecture.sample_size
     return network.architecture.in_channels, side, side

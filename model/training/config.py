@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from model.config import LaMambaConfig
+from model.architecture import Architecture, architecture_from_fields
 from model.messages import unknown_field
 from model.pretrained import default_model_dir
 
@@ -70,7 +70,8 @@ class TrainConfig:
     data: str = PLACES
     """`places`, the views in the package, or a folder that `lamamba prepare-latents` wrote."""
     network: dict[str, Any] = field(default_factory=dict)
-    """Fields of LaMambaConfig; `preset: S|B|L|XL` may stand among them. `num_classes` follows from the data.
+    """Fields of LaMambaConfig, or with `kind: dit` of DiTConfig. `preset` may stand among them: S, B, L or
+    XL, of a DiT S/2 to XL/8. `num_classes` follows from the data.
     """
     num_views: int = 200_000
     """Views of `places` in the latents cache."""
@@ -150,7 +151,7 @@ class TrainConfig:
             given = getattr(self, name)
             self._require(name, given is None or _is_text(given), f"{accepted}, or none,")
         is_mapping = isinstance(self.network, dict) and all(isinstance(key, str) for key in self.network)
-        self._require("network", is_mapping, "a mapping of LaMambaConfig's fields")
+        self._require("network", is_mapping, "a mapping of the network's fields")
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
             is_integer = isinstance(value, int) and not isinstance(value, bool)
@@ -231,13 +232,12 @@ class TrainConfig:
             return str(default_model_dir(256) / "vae")
         return self.autoencoder
 
-    def network_config(self, *, num_classes: int, downsampling: int, in_channels: int) -> LaMambaConfig:
+    def network_config(self, *, num_classes: int, downsampling: int, in_channels: int) -> Architecture:
         """The network for this data and autoencoder."""
         fields = dict(self.network)
         fields |= {"num_classes": fields.get("num_classes", num_classes), "in_channels": in_channels}
         fields |= {"sample_size": self.resolution // downsampling}
-        preset = fields.pop("preset", None)
-        return LaMambaConfig.preset(preset, **fields) if preset else LaMambaConfig.from_dict(fields)
+        return architecture_from_fields(fields)
 
     def changes_since(self, earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields (before, now) in which this run goes on otherwise than `earlier`, a `to_dict`, says.

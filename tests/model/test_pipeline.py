@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.diffusion.samplers import sampler_table
 from model.model_folder import read_model_index, save_model_folder
+from model.network.dit import DiT
 from model.network.lamamba import LaMambaDiff
 from model.pipeline import LaMambaPipeline
 from model.pretrained import default_model_dir
@@ -59,6 +60,20 @@ def test_a_loaded_model_does_not_follow_its_files(folder: Path, tmp_path: Path) 
         with file.open("r+b") as opened:
             opened.write(b"\x11" * file.stat().st_size)
     assert torch.equal(pipeline.generate([1], seeds=[3], num_inference_steps=2), before)
+
+
+def test_a_dit_in_the_folder_samples_like_ours(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = DiT(sample_size=8, hidden_size=16, num_layers=1, num_heads=2, num_classes=3)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_model_folder(tmp_path, network=network, autoencoder=folder / "vae", labels=LABELS, name="peer")
+    loaded = LaMambaPipeline.load(tmp_path, device="cpu")
+    assert (loaded.num_classes, loaded.latent_shape, loaded.scan_backend) == (3, (4, 8, 8), "none")
+    images = loaded.generate([0, 1], seeds=[3, 3], num_inference_steps=2)
+    assert images.shape == (2, 16, 16, 3)
+    assert not torch.equal(*images)
+    assert isinstance(DiTPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False).transformer, DiT)
 
 
 def test_a_diffusers_pipeline_loads_the_folder(folder: Path) -> None:

@@ -45,7 +45,7 @@ def _config(**fields: Any) -> TrainConfig:
         ({"learning_rate_schedule": "step"}, "one of constant, cosine is accepted"),
         ({"compile": False}, "compile: False given; one of none, block, full is accepted"),
         ({"cuda_graph": 1}, "cuda_graph: 1 given; one of False, True is accepted"),
-        ({"network": "XL"}, "network: 'XL' given; a mapping of LaMambaConfig's fields is accepted"),
+        ({"network": "XL"}, "network: 'XL' given; a mapping of the network's fields is accepted"),
         ({"autoencoder": ""}, "autoencoder: '' given; a text is accepted"),
         ({"name": 3}, "name: 3 given; a text is accepted"),
         ({"initial_weights": 3}, "initial_weights: 3 given; a model folder, or none, is accepted"),
