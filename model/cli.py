@@ -157,6 +157,21 @@ def convert(
         typer.echo(f"{part}/ is missing: give --{part}, or copy one there before serving", err=True)
 
 
+@app.command("add-guidance", epilog="Example:  lamamba add-guidance models/xl runs/lamamba-s-256/model")
+def add_guidance(
+    folder: Annotated[Path, typer.Argument(help="The model folder, which gets a guidance network.")],
+    source: Annotated[Path, typer.Argument(help="The model folder of a smaller or less trained network.")],
+) -> None:
+    """Have guidance of a model step away from a second, worse network (autoguidance)."""
+    with usage_errors():
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such model folder")
+        from model.model_folder import add_guidance_network
+
+        add_guidance_network(folder, source)
+    typer.echo(f"{folder}: guided by {source}")
+
+
 @app.command("fit-previews", epilog="Example:  lamamba fit-previews models/xl --num 64")
 def fit_previews(
     folder: Annotated[Path, typer.Argument(help="The model folder, which gets a preview.json.")],

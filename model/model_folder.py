@@ -5,6 +5,7 @@ class is imported:
 
     model_index.json   DiTPipeline's index with id2label, and our own entries under "lamamba"
     transformer/       LaMambaDiff, or the DiT that it is compared with
+    guidance_transformer/  the network of autoguidance, smaller or trained for less time; may be missing
     vae/               AutoencoderKL
     scheduler/         the configuration of a DPMSolverMultistepScheduler, for diffusers alone
     preview.json       the map of `model.preview`, for pictures of unfinished images; may be missing
@@ -36,12 +37,15 @@ from model.limits import GUIDANCE_SCALE_RANGE
 from model.messages import one_line
 from model.network.kinds import NETWORK_CLASSES, DiffusionNetwork, new_network
 from model.network.lamamba import LaMambaDiff
+from model.whole_file import whole_file
 
 __all__ = [
     "DEFAULT_GUIDANCE_SCALE",
     "GPU_DTYPES",
     "ModelIndex",
+    "add_guidance_network",
     "load_autoencoder",
+    "load_guidance_network",
     "load_network",
     "local_folder",
     "moved_network",
@@ -60,6 +64,8 @@ GPU_DTYPES = ("bfloat16", "float16", "float32")
 65504.
 """
 _LAMAMBA_KEY = "lamamba"
+_NETWORK_DIR = "transformer"
+_GUIDANCE_NETWORK_DIR = "guidance_transformer"
 _REQUIRED_ENTRIES = ("_class_name", "transformer", "vae")
 
 
@@ -74,6 +80,9 @@ class ModelIndex:
     id2label: Mapping[str, str] | None
     gpu_dtype: str
     """Of `GPU_DTYPES`: what a GPU runs the model in where nobody says otherwise."""
+    has_guidance_network: bool
+    """Whether guidance steps away from the folder's second network, rather than from the first's null class.
+    """
 
     def labels(self, num_classes: int) -> tuple[str, ...]:
         """The names of the network's classes, "class 0" and so on where the index has none."""
@@ -140,6 +149,9 @@ def read_model_index(path: Path) -> ModelIndex:
     gpu_dtype = own.get("gpu_dtype", GPU_DTYPES[0])
     if gpu_dtype not in GPU_DTYPES:
         raise _wrong_entry(path, "lamamba.gpu_dtype", gpu_dtype, f"one of {', '.join(GPU_DTYPES)}")
+    guidance_network = own.get("guidance_network", False)
+    if not isinstance(guidance_network, bool):
+        raise _wrong_entry(path, "lamamba.guidance_network", guidance_network, "true or false")
     return ModelIndex(
         folder=path,
         name=name,
@@ -147,6 +159,7 @@ def read_model_index(path: Path) -> ModelIndex:
         guidance_channels=channels,
         id2label=_checked_id2label(path, index.get("id2label")),
         gpu_dtype=gpu_dtype,
+        has_guidance_network=guidance_network,
     )
 
 
@@ -156,7 +169,7 @@ def load_network(folder: Path | str) -> DiffusionNetwork:
     Raises ValueError, one line, for weights that are missing, damaged or not those of their configuration.
     """
     path = Path(folder)
-    path = path / "transformer" if (path / "transformer").is_dir() else path
+    path = path / _NETWORK_DIR if (path / _NETWORK_DIR).is_dir() else path
     try:
         _check_weight_files(path)
         with _quiet_libraries():
@@ -178,6 +191,45 @@ def load_network(folder: Path | str) -> DiffusionNetwork:
             f"{', '.join(wrong[:3])} among them"
         )
     return network
+
+
+def load_guidance_network(folder: Path, network: DiffusionNetwork) -> DiffusionNetwork:
+    """The network of autoguidance of a model folder whose first network is `network`, as `load_network` does.
+
+    Raises ValueError also for one whose latents, classes or output are others.
+    """
+    guidance_network = load_network(folder / _GUIDANCE_NETWORK_DIR)
+    _check_guidance_network(folder, guidance_network, network)
+    return guidance_network
+
+
+def add_guidance_network(folder: Path, source: Path | str) -> None:
+    """Make the network of the model folder `source` that of autoguidance in the model folder `folder`.
+
+    Raises ValueError, before anything is written, where it does not fit.
+    """
+    read_model_index(folder)
+    source = local_folder(source)
+    _check_guidance_network(source, load_network(source), load_network(folder))
+    network_dir = source / _NETWORK_DIR if (source / _NETWORK_DIR).is_dir() else source
+    shutil.copytree(network_dir, folder / _GUIDANCE_NETWORK_DIR, dirs_exist_ok=True)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index[_LAMAMBA_KEY] = index.get(_LAMAMBA_KEY, {}) | {"guidance_network": True}
+    with whole_file(folder / "model_index.json") as temporary:
+        write_json(temporary, index)
+
+
+def _check_guidance_network(
+    folder: Path, guidance_network: DiffusionNetwork, network: DiffusionNetwork
+) -> None:
+    if not network.architecture.num_classes:
+        raise ValueError(f"{folder}: a guidance network given; only models with classes accept one")
+    for field in ("in_channels", "sample_size", "num_classes"):
+        value, accepted = (getattr(n.architecture, field) for n in (guidance_network, network))
+        if value != accepted:
+            raise ValueError(
+                f"{folder}: the guidance network's {field} is {value}; the model's, {accepted}, is accepted"
+            )
 
 
 def load_autoencoder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Autoencoder:
@@ -207,9 +259,10 @@ def own_weights(module: nn.Module) -> None:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 of the network's weight files, the first 12 hex digits."""
+    """SHA-256 of the network's weight files, with autoguidance of both networks', the first 12 hex digits."""
     digest = hashlib.sha256()
-    for path in sorted((folder / "transformer").glob("*.safetensors")):
+    names = [_NETWORK_DIR] + [_GUIDANCE_NETWORK_DIR] * read_model_index(folder).has_guidance_network
+    for path in [path for name in names for path in sorted((folder / name).glob("*.safetensors"))]:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -233,7 +286,7 @@ def save_model_folder(
     folder.mkdir(parents=True, exist_ok=True)
     rounded = new_network(network.architecture)
     rounded.load_state_dict(network.state_dict())
-    moved_network(rounded, dtype=dtype).save_pretrained(folder / "transformer", safe_serialization=True)
+    moved_network(rounded, dtype=dtype).save_pretrained(folder / _NETWORK_DIR, safe_serialization=True)
     shutil.copytree(autoencoder, folder / "vae", dirs_exist_ok=True)
     write_scheduler(folder)
     write_model_index(
