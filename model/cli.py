@@ -36,26 +36,37 @@ app.add_typer(bench_app, name="bench")
 
 @app.command(
     epilog="Examples:  lamamba train --config places-128   |   "
-    "lamamba train --config my.yaml learning_rate=1e-4 network.hidden_size=64"
+    "lamamba train --config my.yaml learning_rate=1e-4 network.hidden_size=64   |   lamamba train --list"
 )
 def train(
-    config: Annotated[str, typer.Option(help="A recipe's name (places-128, places-256) or a YAML file.")],
+    config: Annotated[
+        str | None, typer.Option(help="A recipe's name, of those that --list shows, or a YAML file.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Fields to replace, as key=value.", metavar="[KEY=VALUE]...")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default CUDA if there.")] = None,
+    show_recipes: Annotated[bool, typer.Option("--list", help="List the recipes and end.")] = False,
 ) -> None:
     """Train a network on latents; the same command resumes an interrupted run.
 
     Several processes share a run: torchrun --nproc-per-node 8 -m model.cli train --config ...
     """
-    from model.recipes import load_recipe
+    from model.recipes import load_recipe, recipe_summaries
 
+    if show_recipes:
+        recipes: list[dict[str, object]] = [
+            {"recipe": name, "what it trains": summary} for name, summary in recipe_summaries().items()
+        ]
+        typer.echo(_table(recipes))
+        return
     main = int(os.environ.get("RANK", "0")) == 0  # of torchrun's processes, the one that speaks
     logging.basicConfig(
         level=logging.INFO if main else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
     with usage_errors(quiet=not main):
+        if config is None:
+            raise ValueError("config: none given; a recipe's name, of those that --list shows, is accepted")
         fields = load_recipe(config, overrides)
         from model.training.config import TrainConfig
 
