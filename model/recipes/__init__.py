@@ -42,7 +42,7 @@ def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> dict[s
 
     Raises ValueError for an unknown recipe or base, unreadable YAML, or an override without "=".
     """
-    fields = _with_base(name_or_file, seen=())
+    fields = _with_base(name_or_file, _packaged(), seen=())
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator or not key:
@@ -57,18 +57,20 @@ def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> dict[s
     return fields
 
 
-def _with_base(name_or_file: str, seen: tuple[str, ...]) -> dict[str, Any]:
+def _with_base(
+    name_or_file: str, packaged: dict[str, dict[str, Any]], seen: tuple[str, ...]
+) -> dict[str, Any]:
     if name_or_file in seen:
         raise ValueError(f"base: {' -> '.join((*seen, name_or_file))}; recipes must not be their own base")
-    recipe = _packaged().get(name_or_file) or _read(Path(name_or_file))
+    recipe = packaged.get(name_or_file) or _read(Path(name_or_file))
     name = Path(name_or_file).stem
     own: dict[str, Any] = {"name": name, "output_dir": f"runs/{name}"}
     own |= {field: value for field, value in recipe.items() if field not in _NOT_FIELDS}
     if recipe.get("base") is None:
         return own
-    base = _with_base(str(recipe["base"]), (*seen, name_or_file))
-    networks = [fields.get("network") for fields in (base, own)]
-    merged = {"network": networks[0] | networks[1]} if all(isinstance(n, dict) for n in networks) else {}
+    base = _with_base(str(recipe["base"]), packaged, (*seen, name_or_file))
+    networks = [fields["network"] for fields in (base, own) if isinstance(fields.get("network"), dict)]
+    merged = {"network": networks[0] | networks[1]} if len(networks) == 2 else {}
     return base | own | merged
 
 

@@ -54,7 +54,7 @@ def test_a_wrong_field_is_named_with_what_is_accepted(fields: dict[str, Any], me
         ({"kind": "unet"}, "kind: 'unet' given; one of lamamba, dit is accepted"),
         ({"kind": "dit", "preset": "S"}, "preset: 'S' given; one of S/2, S/4"),
         ({"kind": "dit", "d_state": 1}, "d_state: unknown field; a DiT has sample_size"),
-        ({"depths": [2], "heads": 1}, "heads: unknown field; the network has sample_size"),
+        ({"depths": [2], "heads": 1}, "heads: unknown field of the network; did you mean num_heads?"),
     ],
     ids=["kind", "preset", "dit-field", "lamamba-field"],
 )

@@ -43,6 +43,13 @@ def _config(**fields: Any) -> TrainConfig:
         ({"adam_betas": [0.9, 1.0]}, r"adam_betas: \[0.9, 1.0\] given; a pair of numbers from 0 to below 1"),
         ({"adam_betas": [0.9]}, r"adam_betas: \[0.9\] given; a pair of numbers from 0 to below 1"),
         ({"learning_rate_schedule": "step"}, "one of constant, cosine is accepted"),
+        ({"timestep_density": "beta"}, "one of uniform, logit_normal is accepted"),
+        ({"min_snr_gamma": 0}, "min_snr_gamma: 0 given; a number above 0, or inf, is accepted"),
+        (
+            {"logit_normal": [0.0, 0.0]},
+            r"logit_normal: \[0.0, 0.0\] given; a pair of numbers, the second above",
+        ),
+        ({"logit_normal": [math.nan, 1.0]}, r"logit_normal: \[nan, 1.0\] given; a pair of numbers"),
         ({"compile": False}, "compile: False given; one of none, block, full is accepted"),
         ({"cuda_graph": 1}, "cuda_graph: 1 given; one of False, True is accepted"),
         ({"network": "XL"}, "network: 'XL' given; a mapping of the network's fields is accepted"),
