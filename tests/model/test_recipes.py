@@ -42,6 +42,7 @@ OTHERWISE = {
     "imagenet-256-s-all-minus-1": 0.13,  # unexplained
     "imagenet-256-s-isotropic-4": 0.09,  # the patch expansion's linear map of d to 16 d
     "imagenet-256-s-isotropic-8": 0.30,  # to 64 d
+    "imagenet-256-s-concat": 0.46,  # joined channels are reduced before the blocks
 }
 
 
