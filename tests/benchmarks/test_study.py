@@ -16,15 +16,17 @@ from benchmarks import study as module
 from benchmarks.study import RECIPES, Run, Study, jackknife, planned_runs
 from benchmarks.study_report import draw, table
 from model.evaluation.frechet import feature_statistics
+from model.network.kinds import network_macs, network_parameters
 from model.training.config import TrainConfig
 from tests.tiny_model import save_tiny_model
 
-EVALUATION = {"num": 40, "sampler": "dpm++", "num_inference_steps": 2}
+EVALUATION = {"num": 20, "sampler": "dpm++", "num_inference_steps": 2}
 CPU = torch.device("cpu")
 
 
-def _runs(recipes: tuple[str, ...] = RECIPES[:2], **evaluation: Any) -> list[Run]:
-    return planned_runs(recipes, [0, 1], 1000, EVALUATION | evaluation)
+def _runs(recipes: tuple[str, ...], **evaluation: Any) -> list[Run]:
+    small = ["network.hidden_size=16", "network.num_heads=2"]
+    return planned_runs(recipes, [0, 1], 1000, EVALUATION | evaluation, small)
 
 
 class _Extractor:
@@ -72,17 +74,18 @@ def test_the_study_goes_on_where_it_stopped_and_repeats_nothing(
     assert (row["loss"], row["images_per_second"], row["images"]) == (0.5, 10.0, 1000)
     assert row["frechet_distance"] > 0
     assert row["standard_error"] > 0
-    assert row["parameters"] == pytest.approx(33.73e6, rel=1e-3)  # S with 21 classes
+    assert row["parameters"] == network_parameters(runs[0].architecture)
+    assert row["gmacs"] == pytest.approx(network_macs(runs[0].architecture) / 1e9, abs=1e-4)
     assert not list((tmp_path / "work").glob("*/states"))
     # Another number of samples is another row of the same trained model.
-    more = _runs(RECIPES[:1], num=60)
+    more = _runs(RECIPES[:1], num=30)[:1]
     assert Study(more, tmp_path / "work", results, device=CPU).go_on(time.monotonic() + 1000) == 0
     assert len(trained) == 4
 
 
 def test_nothing_is_started_without_time_for_it(trained: list[TrainConfig], tmp_path: Path) -> None:
-    study = Study(_runs(), tmp_path, tmp_path / "study.json", device=CPU)
-    assert study.go_on(time.monotonic() + 30) == 4
+    study = Study(_runs(RECIPES[:1]), tmp_path, tmp_path / "study.json", device=CPU)
+    assert study.go_on(time.monotonic() + 30) == 2
     assert not trained
 
 
@@ -100,7 +103,7 @@ def test_runs_are_equal_but_for_network_and_seed() -> None:
 
 
 def test_jackknife_of_a_mean_is_its_standard_error() -> None:
-    """In one dimension, with the variance's part small, the distance is the squared difference of the means."""
+    """In one dimension, where the variances' part is small, the distance is the means' difference squared."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(4000, 1, generator=generator, dtype=torch.float64) + 10
     reference = feature_statistics(torch.randn(4000, 1, generator=generator, dtype=torch.float64))
