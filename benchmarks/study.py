@@ -51,7 +51,7 @@ from model.network.kinds import network_macs, network_parameters
 from model.pipeline import LaMambaPipeline
 from model.recipes import load_recipe
 from model.training.config import TrainConfig
-from model.training.run import train
+from model.training.run import Diverged, train
 
 RECIPES = (
     *("imagenet-256-s", "imagenet-256-dit-s-2", "imagenet-256-s-no-attention", "imagenet-256-s-no-shift"),
@@ -64,7 +64,9 @@ PLACES_CLASSES, DOWNSAMPLING, LATENT_CHANNELS = 21, 8, 4
 GROUPS = 10
 """Of the jackknife."""
 LEAST_START_S = 60.0
-"""Less time than this is not worth the start of a run, or of its evaluation."""
+"""Less time than this is not worth the start of a run."""
+EVALUATION_S = 90.0
+"""What measuring a trained run may take: sampling, features and distances on a GPU."""
 BATCH = 256
 
 logger = logging.getLogger(__name__)
@@ -171,13 +173,22 @@ class Study:
         self._places: Places | None = None
 
     def go_on(self, deadline: float) -> int:
-        """Make rows until none is missing or time is up (`time.monotonic`); how many are still missing."""
-        missing = [run for run in self.runs if run.key not in self.rows]
-        while missing and deadline - time.monotonic() > LEAST_START_S:
-            if not self._trained(missing[0], deadline) or deadline - time.monotonic() < LEAST_START_S:
+        """Make rows until none is missing or time is up (`time.monotonic`); how many are still missing.
+
+        A run that diverges is left out, and stays missing.
+        """
+        for run in [run for run in self.runs if run.key not in self.rows]:
+            if deadline - time.monotonic() < LEAST_START_S:
                 break
-            self._measure(missing.pop(0))
-        return len(missing)
+            try:
+                trained = self._trained(run, deadline)
+            except Diverged as error:
+                logger.warning("%s, seed %d: %s", run.recipe, run.seed, error)
+                continue
+            if not trained or deadline - time.monotonic() < EVALUATION_S:
+                break
+            self._measure(run)
+        return sum(run.key not in self.rows for run in self.runs)
 
     def _trained(self, run: Run, deadline: float) -> bool:
         """Train, or go on with, a run; whether it is at its end."""

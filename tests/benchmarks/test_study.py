@@ -18,6 +18,7 @@ from benchmarks.study_report import draw, table
 from model.evaluation.frechet import feature_statistics
 from model.network.kinds import network_macs, network_parameters
 from model.training.config import TrainConfig
+from model.training.run import Diverged
 from tests.tiny_model import save_tiny_model
 
 EVALUATION = {"num": 20, "sampler": "dpm++", "num_inference_steps": 2}
@@ -81,6 +82,18 @@ def test_the_study_goes_on_where_it_stopped_and_repeats_nothing(
     more = _runs(RECIPES[:1], num=30)[:1]
     assert Study(more, tmp_path / "work", results, device=CPU).go_on(time.monotonic() + 1000) == 0
     assert len(trained) == 2
+
+
+def test_a_run_that_diverges_is_left_out_and_stays_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def train(config: TrainConfig, *, device: torch.device) -> None:
+        raise Diverged(f"{config.name}: no finite gradients")
+
+    monkeypatch.setattr(module, "train", train)
+    study = Study(_runs(RECIPES[:1]), tmp_path, tmp_path / "study.json", device=CPU)
+    assert study.go_on(time.monotonic() + 1000) == 2
+    assert not study.rows
 
 
 def test_nothing_is_started_without_time_for_it(trained: list[TrainConfig], tmp_path: Path) -> None:
