@@ -46,7 +46,7 @@ from model.benchmark.environment import RESULTS, environment, write_json
 from model.data.places import RESERVED_VIEW_IDS, Places
 from model.device import resolve_device
 from model.evaluation.features import EfficientNetLite2, FeatureExtractor
-from model.evaluation.frechet import FeatureStatistics, feature_statistics
+from model.evaluation.frechet import FeatureStatistics, StatisticsStream
 from model.network.kinds import network_macs, network_parameters
 from model.pipeline import LaMambaPipeline
 from model.recipes import load_recipe
@@ -266,7 +266,7 @@ class Study:
             yield to_pixels(self.places.render(part, size)[0])
 
     def _features(self, pixels: Tensor) -> Tensor:
-        return self.extractor(pixels)  # (n, d)
+        return self.extractor(pixels).pooled  # (n, d)
 
     def _add(self, row: dict[str, Any]) -> None:
         self.rows[row["key"]] = row
@@ -299,6 +299,16 @@ def sampled(
             num_inference_steps=num_inference_steps,
             batch_size=BATCH,
         )
+
+
+def feature_statistics(features: Tensor) -> FeatureStatistics:
+    """Of features (n, d), on their device, where a distance is a matter of a GPU's seconds."""
+    stream = StatisticsStream()
+    stream.add(features)
+    statistics, device = stream.statistics(), features.device
+    return FeatureStatistics(
+        mean=statistics.mean.to(device), covariance=statistics.covariance.to(device), count=statistics.count
+    )
 
 
 def jackknife(features: Tensor, reference: FeatureStatistics) -> tuple[float, float]:

@@ -1,80 +1,86 @@
-"""Evaluate a model folder on places: `lamamba evaluate --model DIR --output-dir OUT`.
+"""Evaluate generated images: `lamamba evaluate --model DIR --output-dir OUT`.
 
-Distances: Frechet distance of features between `num` images and the first `num` reserved real views, for
-    real views    the next `num` reserved views: the floor, what equal distributions give with so few images
-    reconstructions of the reference views by the autoencoder: the price of latents
-    samples       at each guidance scale, all classes equally often
+The images of a model, at each guidance scale, go into an .npz (`evaluation.samples`) and are compared with a
+reference by each extractor (`evaluation.measure`). A reference is a file of ADM's, an .npz, a folder of
+pictures, or `num` reserved views of places. With places there is more, as its views have no end:
+
+Floor: what the metrics say of the next `num` reserved views, equal in distribution, with so few images.
+Reconstructions of the reference views by the autoencoder: the price of latents.
 Judge: the share of samples that a classifier, trained on real views, takes for the class asked for.
 Nearest: how near samples lie to training views, beside how near unseen real views lie to them.
 
 Outputs: evaluation.json (each number with all that it depends on; rewritten after each part, so that an
-interrupted run keeps what it measured), judge.safetensors, and the pictures grid, real, guidance and nearest.
+interrupted run keeps what it measured) and the samples; on places also judge.safetensors and the pictures
+grid, real, guidance and nearest.
 """
 
 from __future__ import annotations
 
-import datetime
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from rich.progress import Progress
 
-from model.autoencoder import to_pixels
 from model.data.places import RESERVED_VIEW_IDS, Places
-from model.evaluation import sources
+from model.diffusion.guidance import check_guidance_interval
 from model.evaluation.config import EvaluationConfig
 from model.evaluation.features import HASH_DIGITS, FeatureExtractor, file_hash
-from model.evaluation.frechet import FeatureStatistics, feature_statistics
-from model.evaluation.judge import REQUIRED_ACCURACY, Confusion, Judge, train_judge
-from model.evaluation.nearest import nearest_views
-from model.evaluation.pictures import class_grid, labelled_grid, save_picture, spread
-from model.model_folder import write_json
+from model.evaluation.judge import REQUIRED_ACCURACY, Judge, judge_training, train_judge
+from model.evaluation.measure import Measured, measure, measure_reference
+from model.evaluation.places_pictures import nearest_training_views, save_pictures
+from model.evaluation.ranks import Ranks
+from model.evaluation.report import Report, file_source, require_enough_images, shown
+from model.evaluation.samples import SampleFile, require_disk_space
+from model.evaluation.sources import ImageSet, NpzImages, PlacesViews, ReconstructedViews, first_pixels
 from model.pipeline import LaMambaPipeline
 from model.progress import progress_display
-from model.whole_file import whole_file
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "evaluate_file"]
 
 logger = logging.getLogger(__name__)
 
 _JUDGE_FILE = "judge.safetensors"
-_GUIDANCE_CLASSES = 6
-_NEAREST_SHOWN = 8
 
 
 class Evaluation:
-    """One evaluation of one model. `run` does everything; `report` is what evaluation.json holds."""
+    """One evaluation of one model, by one process or by several ranks."""
 
     def __init__(
         self,
         pipeline: LaMambaPipeline,
         config: EvaluationConfig,
         *,
-        places: Places,
-        extractor: FeatureExtractor,
+        extractors: Sequence[FeatureExtractor],
         output_dir: Path,
+        reference: ImageSet | None = None,
+        places: Places | None = None,
         judge_file: Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`judge_file`: the judge of an earlier evaluation; without it one is trained."""
-        if pipeline.labels != places.labels:
-            raise ValueError(
-                f"model: {pipeline.name} has the classes {', '.join(pipeline.labels) or 'none'}; "
-                f"accepted is a model of the {len(places.labels)} classes of places"
-            )
-        self.pipeline, self.config, self.places, self.extractor = pipeline, config, places, extractor
-        self.output_dir, self.judge_file = output_dir, judge_file
+        """Against `reference`, or else against `places` with all that can be measured there.
+
+        `judge_file`: the judge of an earlier evaluation; without it one is trained.
+
+        Raises ValueError, before any work, for what does not fit together or on the disk.
+        """
+        self.pipeline, self.config, self.extractors = pipeline, config, extractors
+        self.output_dir, self.judge_file, self.ranks = output_dir, judge_file, ranks or Ranks()
+        self.places = places if reference is None else None
+        self.reference = reference if self.places is None else self._reference_views(self.places)
+        self._check_settings()
+        self.files = {
+            scale: SampleFile(output_dir, config.sample_plan(scale), pipeline)
+            for scale in config.guidance_scales
+        }
+        self.ranks.from_main(self._check_output_dir)
+        self.judge: Judge | None = None
+        self.judge_hash = ""
         self.progress = progress_display()
-        self.size = pipeline.resolution
-        self.kept = len(places.labels) * config.images_per_class  # samples of each scale kept for pictures
-        self.samples: dict[float, Tensor] = {}  # guidance scale -> (kept, H, W, 3) uint8
-        self.report: dict[str, Any] = {
+        self.progress.disable = not self.ranks.is_main
+        self.report = Report(output_dir, ranks=self.ranks, device=pipeline.device)
+        self.report.fields |= {
             "model": {
                 "name": pipeline.name,
                 "weights": pipeline.weights_hash,
@@ -84,211 +90,243 @@ class Evaluation:
                 "dtype": str(pipeline.dtype).removeprefix("torch."),
                 "scan_backend": pipeline.scan_backend,
             },
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": _device_name(pipeline.device),
-            "torch": torch.__version__,
-            "distances": [],
             "class_accuracy": [],
-            "seconds": {},
         }
 
     def run(self) -> dict[str, Any]:
-        """Measure, write evaluation.json and the pictures; returns the report."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        """Measure, write evaluation.json and the pictures; returns what the file holds."""
         with self.progress:
-            self.judge, self.judge_hash = self._judge()
-            reference = self._real_views()
-            if self.config.compile:
-                self.pipeline.network.compile(dynamic=False)
-            for scale in self.config.guidance_scales:
-                with self._part(f"guidance {scale:g}"):
-                    self._samples(scale, reference)
-            with self._part("pictures"):
-                self.report["pictures"] = self._pictures()
-            with self._part("nearest"):
-                self.report["nearest"] = self._nearest()
-        return self.report
+            self._make_samples()
+            if self.reference is not None:
+                self._measure_all(self.reference)
+            if self.places is not None and self.ranks.is_main:
+                self._show(self.places)
+        return self.report.fields
 
     @property
     def shown_scale(self) -> float:
         """The guidance scale whose samples the pictures show: the nearest to the model's default."""
         return min(self.config.guidance_scales, key=lambda s: abs(s - self.pipeline.default_guidance_scale))
 
-    def _judge(self) -> tuple[Judge, str]:
-        path = self.judge_file or self.output_dir / _JUDGE_FILE
-        if self.judge_file is None:
-            with self._part("judge"):
-                judge = train_judge(
-                    self.places,
-                    num_views=self.config.judge_views,
-                    seed=self.config.seed,
+    def _reference_views(self, places: Places) -> PlacesViews:
+        if self.pipeline.labels != places.labels:
+            raise ValueError(
+                f"model: {self.pipeline.name} has the classes {', '.join(self.pipeline.labels) or 'none'}; "
+                f"accepted is a model of the {len(places.labels)} classes of places, or another reference"
+            )
+        if self.config.classes != "balanced":
+            raise ValueError(f"classes: {self.config.classes} given; balanced is accepted with places")
+        return PlacesViews(
+            places=places,
+            first_id=RESERVED_VIEW_IDS,
+            num=self.config.num,
+            size=self.pipeline.resolution,
+        )
+
+    def _check_settings(self) -> None:
+        config, pipeline = self.config, self.pipeline
+        if config.guidance_interval is not None:
+            check_guidance_interval(config.guidance_interval, pipeline.schedule.num_timesteps)
+        if config.num_inference_steps > pipeline.schedule.num_timesteps:
+            raise ValueError(
+                f"num_inference_steps: {config.num_inference_steps} given; {pipeline.name} accepts 1 to "
+                f"{pipeline.schedule.num_timesteps}"
+            )
+        if not pipeline.num_classes and config.guidance_scales != (1,):
+            raise ValueError(
+                f"guidance_scales: {list(config.guidance_scales)} given; {pipeline.name} has no classes and "
+                "accepts 1"
+            )
+        if self.reference is not None:
+            require_enough_images(self.extractors, config.num, self.reference)
+
+    def _check_output_dir(self) -> None:
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"output_dir: {self.output_dir} is no folder and cannot be made ({error.strerror})"
+            ) from error
+        for file in self.files.values():
+            file.check()
+        require_disk_space(self.output_dir, list(self.files.values()))
+
+    def _make_samples(self) -> None:
+        if self.config.compile and not all(file.is_made for file in self.files.values()):
+            self.pipeline.network.compile(dynamic=False)
+        for scale, file in self.files.items():
+            with self.report.part(f"guidance {scale:g}"):
+                file.make(
+                    ranks=self.ranks,
+                    batch_size=self.config.batch_size(scale),
+                    fixed_shapes=self.config.compile,
                     progress=self.progress,
                 )
-                judge.save(path)
-        judge = Judge.load(path, self.places.device)
-        if judge.labels != self.places.labels:
-            raise ValueError(f"judge: {path} knows {', '.join(judge.labels)}; a judge of places is accepted")
-        return judge, file_hash(path)
 
-    def _real_views(self) -> FeatureStatistics:
-        """Measure reference, floor and reconstructions; returns the reference's statistics."""
-        num, first = self.config.num, RESERVED_VIEW_IDS
-        with self._part("real views"):
-            reference, confusion = self._measure(sources.views(self.places, first, num, self.size))
-            assert reference is not None  # measured with features
-            self.report["judge"] = {
-                "weights": self.judge_hash,
-                "training": self.judge.training_record,
-                "reserved_views": confusion.report(),
-                "required_accuracy": REQUIRED_ACCURACY,
-            }
-            if confusion.accuracy < REQUIRED_ACCURACY:
-                logger.warning("judge: only %.4f of reserved views right", confusion.accuracy)
-            logger.info("judge: %.4f of %d reserved views right", confusion.accuracy, num)
-            floor, confusion = self._measure(sources.views(self.places, first + num, num, self.size))
-            self._add("reserved real views", floor, confusion, reference)
-        with self._part("reconstructions"):
-            reconstructions, confusion = self._measure(
-                sources.reconstructed_views(self.places, self.pipeline.autoencoder, first, num, self.size)
+    def _measure_all(self, images: ImageSet) -> None:
+        if self.places is not None:
+            self.judge = self._make_judge(self.places)
+        with self.report.part("reference"):
+            reference = measure_reference(
+                images,
+                self.extractors,
+                ranks=self.ranks,
+                judge=self.judge,
+                advance=self._advance("reference", images),
             )
-            self._add("reconstructions of the reference", reconstructions, confusion, reference)
-        return reference
-
-    def _samples(self, scale: float, reference: FeatureStatistics) -> None:
-        config, num = self.config, self.config.num_images(scale)
-        task = self.progress.add_task(
-            f"sampling at guidance {scale:g}", total=num * config.num_inference_steps
-        )
-        settings = {
-            "sampler": config.sampler,
-            "num_inference_steps": config.num_inference_steps,
-            "seed": config.seed,
-        }
-        batches = sources.sampled_images(
-            self.pipeline,
-            num,
-            guidance_scale=scale,
-            num_rows=config.num_rows,
-            fixed_shapes=config.compile,
-            progress=lambda steps: self.progress.update(task, advance=steps),
-            **settings,  # type: ignore[arg-type]
-        )
-        keep: list[Tensor] = []
-        statistics, confusion = self._measure(
-            sources.first_kept(batches, keep, self.kept), with_features=config.measures_distance(scale)
-        )
-        self.samples[scale] = torch.cat(keep)[: self.kept]
-        self._add("samples", statistics, confusion, reference, guidance_scale=scale, **settings)
-
-    def _measure(
-        self, batches: sources.Batches, *, with_features: bool = True
-    ) -> tuple[FeatureStatistics | None, Confusion]:
-        """Feature statistics, if wanted, and the judge's verdicts over all batches."""
-        features = []
-        confusion = Confusion(self.places.labels)
-        for pixels, labels in batches:
-            confusion.add(labels, self.judge.classify(pixels))
-            if with_features:
-                features.append(self.extractor(pixels))
-        return feature_statistics(torch.cat(features)) if features else None, confusion
-
-    def _add(
-        self,
-        images: str,
-        statistics: FeatureStatistics | None,
-        confusion: Confusion,
-        reference: FeatureStatistics,
-        **settings: Any,
-    ) -> None:
-        """Put one set of images into the report, with everything that its numbers depend on."""
-        model = self.report["model"]
-        source = {
-            "images": images,
-            "resolution": self.size,
-            "weights": model["weights"] if images == "samples" else None,
-            "autoencoder": None if images == "reserved real views" else model["autoencoder"],
-            **settings,
-        }
-        source = {key: value for key, value in source.items() if value is not None}
-        if statistics is not None:
-            distance = statistics.distance(reference)
-            self.report["distances"].append(
-                {
-                    "frechet_distance": round(distance, 4),
-                    "num_images": statistics.count,
-                    "num_reference_views": reference.count,
-                    "extractor": self.extractor.name,
-                    "extractor_weights": self.extractor.weights_hash,
-                    **source,
+        if isinstance(images, PlacesViews):
+            self._report_judge(reference)
+            with self.report.part("real views"):
+                others = PlacesViews(
+                    places=images.places,
+                    first_id=images.first_id + images.num,
+                    num=images.num,
+                    size=images.size,
+                )
+                self._compare(others, reference, {"images": "reserved real views", "resolution": images.size})
+            with self.report.part("reconstructions"):
+                model = self.report.fields["model"]
+                source = {
+                    "images": "reconstructions of the reference",
+                    "resolution": images.size,
+                    "autoencoder": model["autoencoder"],
+                    "dtype": model["dtype"],
                 }
+                self._compare(
+                    ReconstructedViews(views=images, autoencoder=self.pipeline.autoencoder), reference, source
+                )
+        for scale, file in self.files.items():
+            with self.report.part(f"metrics at guidance {scale:g}"):
+                source = {"images": "samples", **file.record}
+                del source["num"]  # each number says of how many images it is
+                wanted = self.config.measures_distance(scale)
+                self._compare(NpzImages(file.path), reference, source, with_metrics=wanted)
+
+    def _make_judge(self, places: Places) -> Judge:
+        path = self.judge_file or self.output_dir / _JUDGE_FILE
+        if self.judge_file is None:
+            with self.report.part("judge"):
+                self.ranks.from_main(lambda: self._train_judge(places, path))
+        judge = Judge.load(path, places.device)
+        if judge.labels != places.labels:
+            raise ValueError(f"judge: {path} knows {', '.join(judge.labels)}; a judge of places is accepted")
+        self.judge_hash = file_hash(path)
+        return judge
+
+    def _train_judge(self, places: Places, path: Path) -> None:
+        """Unless an interrupted run has done so."""
+        config = self.config
+        record = judge_training(config.judge_views, seed=config.seed)
+        if path.is_file() and Judge.load(path).training_record == record:
+            return
+        train_judge(places, num_views=config.judge_views, seed=config.seed, progress=self.progress).save(path)
+
+    def _report_judge(self, reference: Measured | None) -> None:
+        if self.judge is None or reference is None or reference.confusion is None:
+            return
+        accuracy = reference.confusion.accuracy
+        self.report.fields["judge"] = {
+            "weights": self.judge_hash,
+            "training": self.judge.training_record,
+            "reserved_views": reference.confusion.report(),
+            "required_accuracy": REQUIRED_ACCURACY,
+        }
+        if accuracy < REQUIRED_ACCURACY:
+            logger.warning("judge: only %.4f of reserved views right", accuracy)
+        logger.info("judge: %.4f of %d reserved views right", accuracy, self.config.num)
+
+    def _compare(
+        self,
+        images: ImageSet,
+        reference: Measured | None,
+        source: dict[str, Any],
+        *,
+        with_metrics: bool = True,
+    ) -> None:
+        """Put one set of images into the report: its metrics, if wanted, and the judge's verdicts."""
+        extractors = self.extractors if with_metrics else ()
+        measured = measure(
+            images,
+            extractors,
+            ranks=self.ranks,
+            judge=self.judge,
+            advance=self._advance(source["images"], images),
+        )
+        if measured is None or reference is None:  # rank 0 reports
+            return
+        if with_metrics:
+            description = self.reference.description if self.reference is not None else {}
+            self.report.add_metrics(measured, reference, extractors, description=description, source=source)
+        if measured.confusion is not None:
+            verdicts = {**measured.confusion.report(), "judge": self.judge_hash, **source}
+            self.report.fields["class_accuracy"].append(verdicts)
+            logger.info("%s: %.4f judged right", shown(source), measured.confusion.accuracy)
+
+    def _show(self, places: Places) -> None:
+        per_class, scale, folder = self.config.images_per_class, self.shown_scale, self.output_dir
+        samples = {
+            s: first_pixels(NpzImages(file.path), per_class * len(places.labels))
+            for s, file in sorted(self.files.items())
+        }
+        with self.report.part("pictures"):
+            self.report.fields["pictures"] = save_pictures(
+                samples, places, folder, shown_scale=scale, per_class=per_class
             )
-            logger.info("%s %s: frechet distance %.3f", images, settings.get("guidance_scale", ""), distance)
-        self.report["class_accuracy"].append({**confusion.report(), "judge": self.judge_hash, **source})
-        logger.info(
-            "%s %s: %.4f judged right", images, settings.get("guidance_scale", ""), confusion.accuracy
-        )
+        with self.report.part("nearest"):
+            found, picture = nearest_training_views(
+                samples[scale],
+                places,
+                folder,
+                extractor=self.extractors[0],
+                num=self.config.num_training_views,
+                per_class=per_class,
+            )
+            weights = self.report.fields["model"]["weights"]
+            self.report.fields["nearest"] = {**found, "guidance_scale": scale, "weights": weights}
+            self.report.fields["pictures"].append(picture)
 
-    def _pictures(self) -> list[str]:
-        labels, samples = self.places.labels, {s: _array(x) for s, x in sorted(self.samples.items())}
-        real = _array(self._render(sources.balanced_view_ids(self.places, self.config.images_per_class)))
-        classes = spread(min(len(labels), *map(len, samples.values())), _GUIDANCE_CLASSES)
-        guidance = [[images[c] for images in samples.values()] for c in classes]
-        pictures = {
-            "grid": class_grid(samples[self.shown_scale], labels),
-            "real": class_grid(real, labels),
-            "guidance": labelled_grid(guidance, [labels[c] for c in classes], [f"{s:g}" for s in samples]),
-        }
-        return [save_picture(image, self.output_dir, stem) for stem, image in pictures.items()]
-
-    def _nearest(self) -> dict[str, Any]:
-        """Training views nearest to samples and, as a measure of what is usual, to unseen real views."""
-        samples, labels = self.samples[self.shown_scale], self.places.labels
-        real = self._render(sources.balanced_view_ids(self.places, self.config.images_per_class))
-        num_views = self.config.num_training_views
-        found = nearest_views(
-            torch.cat([samples.to(real.device), real]),
-            sources.views(self.places, 0, num_views, self.size),
-            extractor=self.extractor,
-        )
-        shown = spread(min(len(labels), len(samples)), _NEAREST_SHOWN)
-        rows = [samples[shown], *(self._render(search.ids[shown]) for search in found.values())]
-        picture = labelled_grid(
-            [list(_array(row)) for row in rows],
-            ["sample", *(f"nearest by {name}" for name in found)],
-            [labels[c] for c in shown],
-        )
-        self.report["pictures"].append(save_picture(picture, self.output_dir, "nearest"))
-        return {
-            "num_training_views": num_views,
-            "num_images": len(samples),
-            "guidance_scale": self.shown_scale,
-            "weights": self.report["model"]["weights"],
-            "extractor_weights": self.extractor.weights_hash,
-            "samples": {name: search.summary(slice(0, len(samples))) for name, search in found.items()},
-            "unseen_real_views": {
-                name: search.summary(slice(len(samples), None)) for name, search in found.items()
-            },
-        }
-
-    def _render(self, ids: Tensor) -> Tensor:
-        """Pixels (n, H, W, 3) uint8 of the views with these ids."""
-        return to_pixels(self.places.render(ids, self.size)[0])
-
-    @contextmanager
-    def _part(self, name: str) -> Iterator[None]:
-        """Time a part of the evaluation and write the report after it."""
-        started = time.perf_counter()
-        yield
-        self.report["seconds"][name] = round(time.perf_counter() - started, 2)
-        path = self.output_dir / "evaluation.json"
-        with whole_file(path) as temporary:
-            write_json(temporary, self.report)
-        logger.info("%s: %.1f s", name, self.report["seconds"][name])
+    def _advance(self, what: str, images: ImageSet) -> Callable[[int], None]:
+        return _counter(self.progress, what, images, self.ranks)
 
 
-def _array(pixels: Tensor) -> NDArray[np.uint8]:
-    return pixels.cpu().numpy()
+def evaluate_file(
+    samples: NpzImages,
+    reference: ImageSet,
+    *,
+    extractors: Sequence[FeatureExtractor],
+    output_dir: Path,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """Compare images that are there with a reference; writes evaluation.json and returns what it holds.
+
+    Raises ValueError for too few images.
+    """
+    ranks = ranks or Ranks()
+    require_enough_images(extractors, samples.num, reference, field="samples")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    report = Report(output_dir, ranks=ranks, device=extractors[0].device)
+    progress = progress_display()
+    progress.disable = not ranks.is_main
+    with progress:
+        with report.part("reference"):
+            advance = _counter(progress, "reference", reference, ranks)
+            expected = measure_reference(reference, extractors, ranks=ranks, advance=advance)
+        with report.part("samples"):
+            advance = _counter(progress, samples.path.name, samples, ranks)
+            measured = measure(samples, extractors, ranks=ranks, advance=advance)
+    with report.part("metrics"):
+        if measured is not None and expected is not None:
+            report.add_metrics(
+                measured,
+                expected,
+                extractors,
+                description=reference.description,
+                source=file_source(samples),
+            )
+    return report.fields
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _counter(progress: Progress, what: str, images: ImageSet, ranks: Ranks) -> Callable[[int], None]:
+    """A function that counts this rank's images as looked at on the display."""
+    task = progress.add_task(f"measuring {what}", total=len(ranks.share(images.num)))
+    return lambda num: progress.advance(task, num)

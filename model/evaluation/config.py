@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["EvaluationConfig"]
+from model.evaluation.manifold import NEIGHBOUR
+from model.evaluation.samples import CLASSES, SamplePlan
+from model.limits import DEFAULT_STEPS, MAX_IMAGE_INDEX, MAX_SEED
 
-_GUIDANCE_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+__all__ = ["PLACES_GUIDANCE_SCALES", "EvaluationConfig"]
+
+PLACES_GUIDANCE_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+"""At which a model of places is looked at, where nobody says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +20,11 @@ class EvaluationConfig:
     """Settings of one evaluation. ValueError names a bad field, its value and what is accepted."""
 
     num: int = 5000
-    """Images on each side of a distance, and generated at each of `distance_scales`."""
-    guidance_scales: tuple[float, ...] = _GUIDANCE_SCALES
+    """Images generated at each of `distance_scales`, and views of places that they are compared with."""
+    guidance_scales: tuple[float, ...] = PLACES_GUIDANCE_SCALES
     """Guidance scales at which images are generated and judged; 1 is off."""
+    guidance_interval: tuple[int, int] | None = None
+    """The least and the greatest timestep with guidance; None is all."""
     distance_scales: tuple[float, ...] | None = None
     """Those of `guidance_scales` at which the distance is measured too; None is all of them."""
     num_per_scale: int | None = None
@@ -26,7 +33,9 @@ class EvaluationConfig:
     sampler: str = "dpm++"
     """ddpm, ddim or dpm++."""
     seed: int = 0
-    """Image i is made from (seed, i) and shows class i modulo the number of classes, at every scale."""
+    """Image i is made from (seed, i), at every scale."""
+    classes: str = "balanced"
+    """balanced: image i shows class i modulo the number of classes; random: drawn from (seed, i)."""
     num_rows: int = 1024
     """Network rows in a batch; an image with guidance takes two."""
     compile: bool = False
@@ -39,7 +48,15 @@ class EvaluationConfig:
     """Columns of the picture of all classes."""
 
     def __post_init__(self) -> None:
-        minima = {"num": 2, "num_inference_steps": 1, "seed": 0, "num_rows": 2, "judge_views": 1}
+        if self.sampler not in DEFAULT_STEPS:
+            raise ValueError(f"sampler: {self.sampler} given; one of {', '.join(DEFAULT_STEPS)} is accepted")
+        if self.classes not in CLASSES:
+            raise ValueError(f"classes: {self.classes} given; one of {', '.join(CLASSES)} is accepted")
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed: {self.seed} given; at most {MAX_SEED} is accepted")
+        if self.num > MAX_IMAGE_INDEX:
+            raise ValueError(f"num: {self.num} given; at most {MAX_IMAGE_INDEX} is accepted")
+        minima = {"num": NEIGHBOUR + 1, "num_inference_steps": 1, "seed": 0, "num_rows": 2, "judge_views": 1}
         minima |= {"num_training_views": 1, "images_per_class": 1}
         if self.num_per_scale is not None:
             minima["num_per_scale"] = 1
@@ -66,3 +83,19 @@ class EvaluationConfig:
         if self.num_per_scale is None or self.measures_distance(guidance_scale):
             return self.num
         return self.num_per_scale
+
+    def batch_size(self, guidance_scale: float) -> int:
+        """Images denoised at once."""
+        return max(1, self.num_rows // 2 if guidance_scale != 1 else self.num_rows)
+
+    def sample_plan(self, guidance_scale: float) -> SamplePlan:
+        """The images of one scale."""
+        return SamplePlan(
+            num=self.num_images(guidance_scale),
+            classes=self.classes,
+            guidance_scale=guidance_scale,
+            guidance_interval=self.guidance_interval,
+            sampler=self.sampler,
+            num_inference_steps=self.num_inference_steps,
+            seed=self.seed,
+        )

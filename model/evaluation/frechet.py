@@ -7,17 +7,23 @@ All in float64 by symmetric eigendecompositions: what stands under each root is 
 complex matrix root and no offset on the diagonal is needed. The features are the caller's choice; a value is
 comparable to others of the same features and the same number of images alone.
 
+Sets are streams: a batch of n vectors with mean b and scatter S (the sum of (x - b)(x - b)') joins N vectors
+with mean m and scatter M by (Chan, Golub and LeVeque, 1979)
+    M <- M + S + N n / (N + n) (b - m)(b - m)'        m <- m + n / (N + n) (b - m)
+which loses no digits to means far from zero. Two streams, of two processes for one, join the same way.
+
 Legend: n vectors, d features each.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["FeatureStatistics", "feature_statistics", "frechet_distance"]
+__all__ = ["FeatureStatistics", "StatisticsStream", "frechet_distance"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,22 +34,57 @@ class FeatureStatistics:
     """(d,) float64."""
     covariance: Tensor
     """(d, d) float64, with n - 1 in the denominator."""
-    count: int
-    """n."""
+    count: int | None
+    """n; None where whoever published the statistics does not say."""
 
     def distance(self, other: FeatureStatistics) -> float:
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 
-def feature_statistics(features: Tensor) -> FeatureStatistics:
-    """Statistics of features (n, d), n at least 2."""
-    count = features.shape[0]
-    if features.ndim != 2 or count < 2:
-        raise ValueError(f"features: shape {tuple(features.shape)} given; (n, d) with n >= 2 is accepted")
-    x = features.double()
-    mean = x.mean(dim=0)
-    centred = x - mean
-    return FeatureStatistics(mean=mean, covariance=centred.T @ centred / (count - 1), count=count)
+class StatisticsStream:
+    """Mean and covariance of vectors that come in batches, in float64 on the device of the first batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean, self._scatter = torch.empty(0), torch.empty(0)
+
+    def add(self, features: Tensor) -> None:
+        """Take in features (n, d)."""
+        if features.ndim != 2 or not len(features):
+            raise ValueError(f"features: shape {tuple(features.shape)} given; (n, d) with n >= 1 is accepted")
+        x = features.double()
+        mean = x.mean(dim=0)
+        centred = x - mean
+        self._join(len(x), mean, centred.T @ centred)
+
+    def merge(self, other: Self) -> None:
+        """Take in all that `other` has seen; it may be on another device."""
+        if other.count:
+            self._join(other.count, other._mean, other._scatter)
+
+    def cpu(self) -> Self:
+        """This stream, moved to the CPU."""
+        self._mean, self._scatter = self._mean.cpu(), self._scatter.cpu()
+        return self
+
+    def statistics(self) -> FeatureStatistics:
+        """Of at least two vectors, on the CPU."""
+        if self.count < 2:
+            raise ValueError(f"features: {self.count} vectors given; 2 or more have a covariance")
+        self.cpu()
+        covariance = self._scatter / (self.count - 1)
+        return FeatureStatistics(mean=self._mean, covariance=covariance, count=self.count)
+
+    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if not self.count:
+            self.count, self._mean, self._scatter = count, mean, scatter
+            return
+        total = self.count + count
+        gap = mean.to(self._mean.device) - self._mean
+        self._scatter += scatter.to(self._scatter.device)
+        self._scatter.addr_(gap, gap, alpha=self.count * count / total)
+        self._mean = self._mean + gap * (count / total)
+        self.count = total
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from model.data.places import Places
 from model.whole_file import whole_file
 
-__all__ = ["REQUIRED_ACCURACY", "Confusion", "Judge", "train_judge"]
+__all__ = ["REQUIRED_ACCURACY", "Confusion", "Judge", "judge_training", "train_judge"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ REQUIRED_ACCURACY = 0.97
 INPUT_SIZE = 64
 _WIDTHS = (24, 48, 96, 128)
 _RENDER_SIZE = 128
+_BATCH_SIZE = 512
 _FIRST_VIEW_ID = 2**39  # below the reserved ids, above those that networks are trained on
 _PEAK_LEARNING_RATE = 3e-3
 _WEIGHT_DECAY = 0.02
@@ -70,7 +71,11 @@ class Judge(nn.Module):
         self.head = nn.Linear(_WIDTHS[-1], len(labels))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.stages(_reduced(images)).mean(dim=(2, 3)))
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(n, 128): what the classifier sees of images (n, 3, H, W) in [-1, 1]."""
+        return self.stages(_reduced(images)).mean(dim=(2, 3))
 
     @torch.inference_mode()
     def classify(self, pixels: Tensor) -> Tensor:
@@ -146,11 +151,17 @@ class Confusion:
         }
 
 
+def judge_training(num_views: int, *, batch_size: int = _BATCH_SIZE, seed: int = 0) -> dict[str, int]:
+    """What `train_judge` of these arguments records: of the views only whole batches are seen."""
+    batch_size = min(batch_size, num_views)
+    return {"num_views": num_views // batch_size * batch_size, "batch_size": batch_size, "seed": seed}
+
+
 def train_judge(
     places: Places,
     *,
     num_views: int,
-    batch_size: int = 512,
+    batch_size: int = _BATCH_SIZE,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Judge:
@@ -163,8 +174,9 @@ def train_judge(
         torch.manual_seed(seed)
         judge = Judge(places.labels)
     judge = _placed(judge, device)
-    batch_size = min(batch_size, num_views)
-    num_steps = num_views // batch_size
+    record = judge_training(num_views, batch_size=batch_size, seed=seed)
+    batch_size = record["batch_size"]
+    num_steps = record["num_views"] // batch_size
     optimizer = torch.optim.AdamW(judge.parameters(), lr=0.0, weight_decay=_WEIGHT_DECAY, fused=True)
     generator = torch.Generator(device).manual_seed(seed)
     task = progress.add_task("training the judge", total=num_steps) if progress else None
@@ -183,7 +195,7 @@ def train_judge(
         optimizer.zero_grad(set_to_none=True)
         if progress and task is not None:
             progress.update(task, advance=1)
-    judge.training_record = {"num_views": num_steps * batch_size, "batch_size": batch_size, "seed": seed}
+    judge.training_record = record
     logger.info("judge: trained on %d views, last loss %.3f", num_steps * batch_size, loss.item())
     return judge.eval()
 

@@ -45,13 +45,13 @@ def nearest_views(
     Under "features": by distance of features. Under "pixels": by root mean square difference in 8-bit levels.
     """
     searches = {
-        "features": NearestSearch(extractor(images)),
+        "features": NearestSearch(extractor(images).pooled),
         "pixels": NearestSearch(images.flatten(1).float(), unit=images[0].numel() ** 0.5),
     }
     seen = 0
     for pixels, _ in candidates:
         ids = torch.arange(seen, seen + len(pixels), device=pixels.device)
         seen += len(pixels)
-        searches["features"].add(ids, extractor(pixels))
+        searches["features"].add(ids, extractor(pixels).pooled)
         searches["pixels"].add(ids, pixels.flatten(1).float())
     return searches

@@ -1,93 +1,216 @@
-"""Where the images of an evaluation come from: real views, their reconstructions, the model's samples.
+"""Where the images of an evaluation come from: real views, their reconstructions, files.
 
-Each source yields batches of (pixels (n, H, W, 3) uint8, labels (n,) int64). All pass through 8 bits, as
-files do, so that no set differs from another by its rounding.
+An `ImageSet` yields batches of (pixels (n, H, W, 3) uint8, labels (n,) int64, -1 for no label) of any part of
+it, so that processes can share it out. All pass through 8 bits, as files do, so that no set differs from
+another by its rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.autoencoder import Autoencoder, to_pixels
+from model.cpu_threads import available_cpu_threads
+from model.data.center_crop import BadImageError, decode_image
 from model.data.places import RESERVED_VIEW_IDS, Places
-from model.pipeline import LaMambaPipeline
+from model.evaluation.archive import mapped_array
+from model.evaluation.features import HASH_DIGITS, file_hash
+from model.evaluation.frechet import FeatureStatistics
+from model.messages import one_line
 
 __all__ = [
     "Batches",
+    "FolderImages",
+    "ImageSet",
+    "NpzImages",
+    "PlacesViews",
+    "ReconstructedViews",
     "balanced_view_ids",
-    "first_kept",
-    "reconstructed_views",
-    "sampled_images",
-    "views",
+    "first_pixels",
 ]
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 _BATCH_SIZE = 256
 _IDS_PER_LOOK = 4096
+_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 
 
-def views(places: Places, first_id: int, num: int, size: int) -> Batches:
-    """`num` real views from `first_id` on, pixels on the device of `places`."""
-    for images, labels in _rendered(places, first_id, num, size):
-        yield to_pixels(images), labels
+class ImageSet(Protocol):
+    """So many images, in a fixed order."""
+
+    @property
+    def num(self) -> int: ...
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a report says of the set: its name, hash and number of images."""
+
+    def batches(self, part: range) -> Batches:
+        """The images with these numbers."""
 
 
-def reconstructed_views(
-    places: Places, autoencoder: Autoencoder, first_id: int, num: int, size: int
-) -> Batches:
-    """The same views after the autoencoder (posterior means, decoded)."""
-    for images, labels in _rendered(places, first_id, num, size):
-        yield to_pixels(autoencoder.decode(autoencoder.latents(autoencoder.encode_moments(images)))), labels
+@dataclass(frozen=True, kw_only=True)
+class PlacesViews:
+    """Real views of places from `first_id` on, pixels on its device."""
+
+    places: Places
+    first_id: int
+    num: int
+    size: int
+
+    @property
+    def description(self) -> dict[str, Any]:
+        kind = "reserved views" if self.first_id >= RESERVED_VIEW_IDS else "training views"
+        return {
+            "name": f"places, {kind} from {self.first_id}",
+            "hash": self.places.digest[:HASH_DIGITS],
+            "num_images": self.num,
+        }
+
+    def batches(self, part: range) -> Batches:
+        for images, labels in self.rendered(part):
+            yield to_pixels(images), labels
+
+    def rendered(self, part: range) -> Batches:
+        """The views before they pass through 8 bits: (n, 3, S, S) fp32 in [-1, 1]."""
+        for batch in _batches(part):
+            ids = torch.arange(batch.start, batch.stop, device=self.places.device) + self.first_id
+            yield self.places.render(ids, self.size)
 
 
-def sampled_images(
-    pipeline: LaMambaPipeline,
-    num: int,
-    *,
-    guidance_scale: float,
-    num_inference_steps: int,
-    sampler: str,
-    seed: int,
-    num_rows: int,
-    fixed_shapes: bool,
-    progress: Callable[[int], None] | None = None,
-) -> Batches:
-    """Samples of classes 0, 1, .., K - 1, 0, 1, ..: image i has noise (seed, i). Tensors are on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class ReconstructedViews:
+    """Views after the autoencoder (posterior means, decoded)."""
 
-    Args:
-        num_rows: network rows in a batch, at the most.
-        fixed_shapes: fill the last batch up with images that are thrown away, so that a compiled network sees
-            one shape alone, with guidance and without.
-        progress: called with the number of image steps just finished.
+    views: PlacesViews
+    autoencoder: Autoencoder
+
+    @property
+    def num(self) -> int:
+        return self.views.num
+
+    @property
+    def description(self) -> dict[str, Any]:
+        name = f"{self.views.description['name']}, reconstructed"
+        return {**self.views.description, "name": name}
+
+    def batches(self, part: range) -> Batches:
+        decode, encode = self.autoencoder.decode, self.autoencoder.encode_moments
+        for images, labels in self.views.rendered(part):
+            yield to_pixels(decode(self.autoencoder.latents(encode(images)))), labels
+
+
+class NpzImages:
+    """The images of an .npz as ADM's evaluation reads it: `arr_0` (n, H, W, 3) uint8, labels in `arr_1`.
+
+    ADM's reference files also hold the statistics of Inception's features over a whole training set.
     """
-    batch_size = max(1, num_rows // 2 if guidance_scale != 1 else num_rows)
-    for start in range(0, num, batch_size):
-        wanted = min(batch_size, num - start)
-        indices = range(start, start + (batch_size if fixed_shapes else wanted))
-        labels = [i % pipeline.num_classes for i in indices]
-        pixels = pipeline.generate(
-            labels,
-            seeds=[seed] * len(indices),
-            image_indices=indices,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            sampler=sampler,
-            batch_size=batch_size,
-            progress=progress,
+
+    def __init__(self, path: Path) -> None:
+        """ValueError names the file and what it lacks."""
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; an .npz with images in arr_0 is accepted")
+        self.path = path
+        try:
+            self._pixels = mapped_array(path, "arr_0")
+        except KeyError as error:
+            raise ValueError(f"{path} has no arr_0; an .npz with images in it is accepted") from error
+        shape = self._pixels.shape
+        if self._pixels.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
+            raise ValueError(
+                f"{path}: arr_0 is {self._pixels.dtype} {shape}; uint8 (n, size, size, 3) is accepted"
+            )
+        self._labels = self._optional("arr_1")
+        if self._labels is not None and self._labels.shape != shape[:1]:
+            raise ValueError(
+                f"{path}: arr_1 is {self._labels.shape} for {shape[0]} images; a label each is accepted"
+            )
+
+    @property
+    def num(self) -> int:
+        return len(self._pixels)
+
+    @property
+    def size(self) -> int:
+        return self._pixels.shape[1]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"name": self.path.name, "hash": file_hash(self.path), "num_images": self.num}
+
+    def batches(self, part: range) -> Batches:
+        for batch in _batches(part):
+            images = slice(batch.start, batch.stop)
+            labels = np.full(len(batch), -1) if self._labels is None else self._labels[images]
+            yield torch.from_numpy(self._pixels[images].copy()), torch.from_numpy(labels.astype(np.int64))
+
+    def published_statistics(self) -> tuple[FeatureStatistics, FeatureStatistics] | None:
+        """Of Inception's pooled and spatial features, if the file has them."""
+        arrays = [self._optional(name) for name in ("mu", "sigma", "mu_s", "sigma_s")]
+        if any(array is None for array in arrays):
+            return None
+        mean, covariance, mean_s, covariance_s = (torch.from_numpy(np.array(a, np.float64)) for a in arrays)
+        return (
+            FeatureStatistics(mean=mean, covariance=covariance, count=None),
+            FeatureStatistics(mean=mean_s, covariance=covariance_s, count=None),
         )
-        yield pixels[:wanted], torch.tensor(labels[:wanted])
+
+    def _optional(self, name: str) -> NDArray[Any] | None:
+        try:
+            return mapped_array(self.path, name)
+        except KeyError:
+            return None
 
 
-def first_kept(batches: Batches, keep: list[Tensor], num: int) -> Batches:
-    """The batches unchanged; the pixels of at least the first `num` images also go to `keep`, on the CPU."""
-    for pixels, labels in batches:
-        if sum(map(len, keep)) < num:
-            keep.append(pixels.cpu())
-        yield pixels, labels
+class FolderImages:
+    """The pictures in a folder and below it, in the order of their paths, cut to squares as ADM does."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        """ValueError for a folder without pictures. `size`: pixels a side."""
+        self.folder, self.size = folder, size
+        self._paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        if not self._paths:
+            accepted = ", ".join(sorted(_SUFFIXES))
+            raise ValueError(f"{folder}: no pictures in it; a folder with {accepted} is accepted")
+
+    @property
+    def num(self) -> int:
+        return len(self._paths)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The hash is of the files' names and sizes."""
+        digest = hashlib.sha256()
+        for path in self._paths:
+            digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}\n".encode())
+        return {
+            "name": self.folder.name,
+            "hash": digest.hexdigest()[:HASH_DIGITS],
+            "num_images": self.num,
+        }
+
+    def batches(self, part: range) -> Batches:
+        with ThreadPoolExecutor(available_cpu_threads()) as pool:
+            for batch in _batches(part):
+                pixels = np.stack(list(pool.map(self._read, self._paths[batch.start : batch.stop])))
+                yield torch.from_numpy(pixels), torch.full((len(pixels),), -1)
+
+    def _read(self, path: Path) -> NDArray[np.uint8]:
+        try:
+            return decode_image(path.read_bytes(), self.size)
+        except (OSError, BadImageError) as error:
+            raise ValueError(f"{path}: cannot be read as a picture ({one_line(error)})") from error
 
 
 def balanced_view_ids(places: Places, per_class: int) -> Tensor:
@@ -103,7 +226,11 @@ def balanced_view_ids(places: Places, per_class: int) -> Tensor:
     return torch.tensor([found[label][j] for j in range(per_class) for label in range(num_classes)])
 
 
-def _rendered(places: Places, first_id: int, num: int, size: int) -> Batches:
-    for start in range(first_id, first_id + num, _BATCH_SIZE):
-        ids = torch.arange(start, min(start + _BATCH_SIZE, first_id + num), device=places.device)
-        yield places.render(ids, size)
+def first_pixels(images: ImageSet, num: int) -> Tensor:
+    """Of the first `num` images, or of all where they are fewer: (n, H, W, 3) uint8."""
+    return torch.cat([pixels for pixels, _ in images.batches(range(min(num, images.num)))])
+
+
+def _batches(part: range) -> Iterator[range]:
+    for start in range(part.start, part.stop, _BATCH_SIZE):
+        yield range(start, min(start + _BATCH_SIZE, part.stop))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import study as module
-from benchmarks.study import RECIPES, Run, Study, jackknife, planned_runs
+from benchmarks.study import RECIPES, Run, Study, feature_statistics, jackknife, planned_runs
 from benchmarks.study_report import draw, table
-from model.evaluation.frechet import feature_statistics
+from model.evaluation.features import Features
 from model.network.kinds import network_macs, network_parameters
 from model.training.config import TrainConfig
 from model.training.run import Diverged
@@ -33,8 +33,8 @@ def _runs(recipes: tuple[str, ...], **evaluation: Any) -> list[Run]:
 class _Extractor:
     name, weights_hash, device = "mean colours", "0123", CPU
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return pixels.float().mean(dim=(1, 2))  # (n, 3)
+    def __call__(self, pixels: Tensor) -> Features:
+        return Features(pooled=pixels.float().mean(dim=(1, 2)))  # (n, 3)
 
 
 @pytest.fixture

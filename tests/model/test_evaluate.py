@@ -8,28 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from typer import Typer
 from typer.testing import CliRunner
 
 from model.data.places import RESERVED_VIEW_IDS, Places
-from model.evaluate import Evaluation
+from model.evaluate import Evaluation, evaluate_file
 from model.evaluation.command import evaluate_command
 from model.evaluation.config import EvaluationConfig
-from model.evaluation.sources import balanced_view_ids, sampled_images, views
+from model.evaluation.sources import NpzImages
 from model.pipeline import LaMambaPipeline
+from tests.extractors import MeanColour, TinyInception
 from tests.tiny_model import save_tiny_model
 
 LABELS = ("red", "blue")
-
-
-class MeanColour:
-    """Features that are the image's mean colour."""
-
-    name, weights_hash, device = "mean colour", "none", torch.device("cpu")
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.float().mean(dim=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +53,7 @@ def _evaluate(pipeline: LaMambaPipeline, places: Places, output_dir: Path, **fie
         pipeline,
         _config(**fields),
         places=places,
-        extractor=MeanColour(),
+        extractors=[MeanColour()],
         output_dir=output_dir,
         judge_file=judge_file,
     )
@@ -81,14 +72,36 @@ def test_evaluation_measures_everything_and_says_on_what(
         "judge.safetensors",
         "nearest.png",
         "real.png",
+        "samples-cfg1.json",
+        "samples-cfg1.npz",
+        "samples-cfg2.json",
+        "samples-cfg2.npz",
     ]
-    floor, reconstructions, samples = report["distances"]
-    assert 0 < floor["frechet_distance"] < reconstructions["frechet_distance"]
-    assert (samples["images"], samples["guidance_scale"], samples["num_images"]) == ("samples", 2.0, 8)
-    for distance in report["distances"]:
-        assert {"extractor", "extractor_weights", "num_images", "num_reference_views"} <= set(distance)
-    for key in ("weights", "autoencoder", "sampler", "num_inference_steps", "seed"):
-        assert key in samples
+    names = ["Frechet distance (mean colour)-8", "Precision (mean colour)", "Recall (mean colour)"]
+    assert [row["metric"] for row in report["metrics"]] == 3 * names
+    floor, reconstructions, samples = report["metrics"][::3]
+    assert 0 < floor["value"] < reconstructions["value"]
+    assert samples == {
+        "metric": "Frechet distance (mean colour)-8",
+        "value": samples["value"],
+        "num_images": 8,
+        "reference": {
+            "name": f"places, reserved views from {RESERVED_VIEW_IDS}",
+            "hash": places.digest[:12],
+            "num_images": 8,
+        },
+        "extractor": {"name": "mean colour", "details": "3 means", "weights": "none"},
+        "images": "samples",
+        "weights": pipeline.weights_hash,
+        "autoencoder": pipeline.autoencoder.weights_hash[:12],
+        "dtype": "float32",
+        "resolution": 16,
+        "classes": "balanced",
+        "guidance_scale": 2.0,
+        "sampler": "dpm++",
+        "num_inference_steps": 2,
+        "seed": 0,
+    }
     assert [a["num_images"] for a in report["class_accuracy"]] == [8, 8, 4, 8]
     assert report["judge"]["reserved_views"]["num_images"] == 8
     assert report["nearest"]["num_training_views"] == 5
@@ -101,9 +114,25 @@ def test_evaluation_again_with_its_judge_gives_the_same_numbers(
     first = _evaluate(pipeline, places, tmp_path / "first")
     judge = tmp_path / "first" / "judge.safetensors"
     again = _evaluate(pipeline, places, tmp_path / "again", judge_file=judge)
-    for part in ("distances", "class_accuracy", "judge", "nearest"):
+    for part in ("metrics", "class_accuracy", "judge", "nearest"):
         assert first[part] == again[part]
     assert not (tmp_path / "again" / "judge.safetensors").exists()
+
+
+def test_evaluation_goes_on_with_what_an_interrupted_one_made(
+    pipeline: LaMambaPipeline, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples and judge are not made twice, but another judge where another is asked for."""
+
+    def again(*args: object, **fields: object) -> None:
+        raise AssertionError("made twice")
+
+    first = _evaluate(pipeline, places, tmp_path)
+    monkeypatch.setattr("model.evaluate.train_judge", again)
+    monkeypatch.setattr(LaMambaPipeline, "generate", again)
+    assert _evaluate(pipeline, places, tmp_path)["metrics"] == first["metrics"]
+    with pytest.raises(AssertionError, match="made twice"):
+        _evaluate(pipeline, places, tmp_path, judge_views=9)
 
 
 def test_interrupted_evaluation_keeps_what_it_measured(
@@ -112,10 +141,10 @@ def test_interrupted_evaluation_keeps_what_it_measured(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Evaluation, "_pictures", interrupted)
+    monkeypatch.setattr(Evaluation, "_show", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _evaluate(pipeline, places, tmp_path)
-    assert len(json.loads((tmp_path / "evaluation.json").read_text())["distances"]) == 4
+    assert len(json.loads((tmp_path / "evaluation.json").read_text())["metrics"]) == 3 * 4
 
 
 def test_evaluation_refuses_a_model_of_other_classes(
@@ -125,49 +154,91 @@ def test_evaluation_refuses_a_model_of_other_classes(
     with pytest.raises(
         ValueError, match="model: tiny has the classes red, blue; accepted is a model of the 2"
     ):
-        Evaluation(pipeline, _config(), places=other, extractor=MeanColour(), output_dir=tmp_path)
+        Evaluation(pipeline, _config(), places=other, extractors=[MeanColour()], output_dir=tmp_path)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_sampled_images_are_balanced_and_whatever_the_batch(
-    pipeline: LaMambaPipeline, guidance_scale: float
+def test_evaluation_against_a_file_measures_what_adm_measures(
+    pipeline: LaMambaPipeline, tmp_path: Path
 ) -> None:
-    def sample(num_rows: int, fixed_shapes: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        batches = list(
-            sampled_images(
-                pipeline,
-                7,
-                guidance_scale=guidance_scale,
-                num_inference_steps=2,
-                sampler="dpm++",
-                seed=5,
-                num_rows=num_rows,
-                fixed_shapes=fixed_shapes,
-            )
-        )
-        return torch.cat([pixels for pixels, _ in batches]), torch.cat([labels for _, labels in batches])
+    """And no more: no judge, no pictures."""
+    reference = tmp_path / "reference.npz"
+    images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    statistics = {"mu": np.full(3, 127.0), "sigma": np.eye(3), "mu_s": np.zeros(4), "sigma_s": np.eye(4)}
+    np.savez(reference, arr_0=images, **statistics)
+    evaluation = Evaluation(
+        pipeline,
+        _config(guidance_scales=(1.0,), classes="random"),
+        extractors=[TinyInception(), MeanColour()],
+        output_dir=tmp_path / "out",
+        reference=NpzImages(reference),
+    )
+    report = evaluation.run()
+    rows = {row["metric"]: row for row in report["metrics"]}
+    assert list(rows) == [
+        "FID-8",
+        "sFID-8",
+        "Inception Score",
+        "Precision",
+        "Recall",
+        "Frechet distance (mean colour)-8",
+        "Precision (mean colour)",
+        "Recall (mean colour)",
+    ]
+    assert "num_images" not in rows["FID-8"]["reference"] or rows["FID-8"]["reference"]["num_images"] is None
+    assert rows["Precision"]["reference"]["num_images"] == 12
+    assert "reference" not in rows["Inception Score"]
+    assert rows["FID-8"]["value"] != rows["Frechet distance (mean colour)-8"]["value"]
+    assert "pictures" not in report
 
-    pixels, labels = sample(num_rows=16, fixed_shapes=False)
-    assert labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
-    padded, _ = sample(num_rows=6, fixed_shapes=True)
-    assert padded.shape == (7, 16, 16, 3)
-    assert (pixels.int() - padded.int()).abs().max() <= 1  # batches of other sizes round differently
+    again = evaluate_file(
+        NpzImages(tmp_path / "out" / "samples-cfg1.npz"),
+        NpzImages(reference),
+        extractors=[TinyInception(), MeanColour()],
+        output_dir=tmp_path / "again",
+    )
+    values = [(row["metric"], row["value"]) for row in again["metrics"]]
+    assert values == [(row["metric"], row["value"]) for row in report["metrics"]]
+    assert again["metrics"][0]["images"] == "samples-cfg1.npz"
+    assert again["metrics"][0]["classes"] == "random"
+    assert again["metrics"][0]["weights"] == pipeline.weights_hash
 
 
-def test_views_are_reserved_ones_and_balanced_ids_go_through_the_classes(places: Places) -> None:
-    ids = balanced_view_ids(places, per_class=3)
-    assert places.views(ids).class_ids.tolist() == [0, 1, 0, 1, 0, 1]
-    assert (ids >= RESERVED_VIEW_IDS).all()
-    pixels, labels = next(views(places, RESERVED_VIEW_IDS, 4, 16))
-    images, expected = places.render(RESERVED_VIEW_IDS + torch.arange(4), 16)
-    assert torch.equal(labels, expected)
-    assert (pixels.movedim(-1, 1).float() / 127.5 - 1 - images).abs().max() <= 0.5 / 127.5 + 1e-6
+def test_fid_of_fewer_images_than_features_is_refused(pipeline: LaMambaPipeline, tmp_path: Path) -> None:
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, arr_0=np.zeros((12, 16, 16, 3), np.uint8))
+    extractor = TinyInception()
+    extractor.num_features = 9  # type: ignore[misc]  # of this one alone
+    arguments: dict[str, Any] = {"extractors": [extractor], "output_dir": tmp_path / "out"}
+    with pytest.raises(ValueError, match="num: 8 images given; at least 9 are accepted with Inception-v3"):
+        Evaluation(pipeline, _config(), reference=NpzImages(reference), **arguments)
+    extractor.num_features = 13  # type: ignore[misc]
+    with pytest.raises(ValueError, match="reference: 12 images given; at least 13 are accepted"):
+        Evaluation(pipeline, _config(num=20), reference=NpzImages(reference), **arguments)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num": 1}, "num: 1 given; at least 2 is accepted"),
+        ({"num_inference_steps": 1001}, "num_inference_steps: 1001 given; tiny accepts 1 to 1000"),
+        ({"guidance_interval": (5, 2000)}, "guidance_interval: "),
+        ({"classes": "random"}, "classes: random given; balanced is accepted with places"),
+    ],
+)
+def test_evaluation_names_what_does_not_fit_the_model(
+    fields: dict[str, Any], message: str, pipeline: LaMambaPipeline, places: Places, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Evaluation(pipeline, _config(**fields), places=places, extractors=[MeanColour()], output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num": 3}, "num: 3 given; at least 4 is accepted"),
+        ({"sampler": "euler"}, r"sampler: euler given; one of ddpm, ddim, dpm\+\+ is accepted"),
+        ({"classes": "all"}, "classes: all given; one of balanced, random is accepted"),
+        ({"seed": 2**63}, "seed: 9223372036854775808 given; at most 9223372036854775807"),
         ({"guidance_scales": (0.5,)}, r"guidance_scales: \[0.5\] given"),
         ({"guidance_scales": (2.0, 2.0)}, "guidance_scales: "),
         ({"guidance_scales": (float("nan"),)}, "guidance_scales: "),
@@ -187,6 +258,10 @@ def test_config_names_what_it_does_not_accept(fields: dict[str, Any], message: s
     ("arguments", "message"),
     [
         (["--model", "./nowhere"], "./nowhere: no such model folder"),
+        ([], "model, samples: exactly one of the two is accepted"),
+        (["--samples", "x.npz"], "reference: places given; with samples an .npz or a folder is accepted"),
+        (["--samples", "x.npz", "--reference", "y"], "x.npz: no such file; an .npz with images in arr_0"),
+        (["--model", "x", "--sampler", "euler"], "sampler: euler given"),
         (["--model", "x", "--guidance-scales", "1,two"], "guidance_scales: '1,two' given; numbers"),
     ],
 )

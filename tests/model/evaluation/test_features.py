@@ -26,17 +26,18 @@ def pixels() -> torch.Tensor:
 
 
 def test_features_are_1280_and_deterministic(extractor: EfficientNetLite2, pixels: torch.Tensor) -> None:
-    features = extractor(pixels)
+    features = extractor(pixels).pooled
     assert features.shape == (4, 1280)
     assert features.dtype == torch.float32
-    assert torch.equal(features, extractor(pixels))
+    assert torch.equal(features, extractor(pixels).pooled)
     assert len(extractor.weights_hash) == 12
 
 
 def test_features_of_an_image_do_not_depend_on_the_batch(
     extractor: EfficientNetLite2, pixels: torch.Tensor
 ) -> None:
-    torch.testing.assert_close(extractor(pixels[2:3]), extractor(pixels)[2:3], atol=TOLERANCE, rtol=0)
+    alone, together = extractor(pixels[2:3]).pooled, extractor(pixels).pooled
+    torch.testing.assert_close(alone, together[2:3], atol=TOLERANCE, rtol=0)
 
 
 def test_features_follow_the_documented_preprocessing(
@@ -53,12 +54,12 @@ def test_features_follow_the_documented_preprocessing(
     with torch.no_grad():
         maps = network.extract_features((x.clamp(0, 255) - 127) / 128)
     assert maps.shape == (4, 1280, 9, 9)
-    torch.testing.assert_close(extractor(pixels), maps.mean(dim=(2, 3)), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(extractor(pixels).pooled, maps.mean(dim=(2, 3)), atol=TOLERANCE, rtol=0)
 
 
 def test_features_tell_content_from_noise(extractor: EfficientNetLite2, pixels: torch.Tensor) -> None:
     """A slight change of brightness moves features less than another place does."""
-    features = extractor(pixels)
-    brighter = extractor(pixels.float().add(3).clamp(0, 255).to(torch.uint8))
+    features = extractor(pixels).pooled
+    brighter = extractor(pixels.float().add(3).clamp(0, 255).to(torch.uint8)).pooled
     moved = (brighter - features).norm(dim=1)
     assert (moved < 0.5 * torch.pdist(features).min()).all()

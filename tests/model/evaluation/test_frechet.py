@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
-from model.evaluation.frechet import feature_statistics, frechet_distance
+from model.evaluation.frechet import FeatureStatistics, StatisticsStream, frechet_distance
 
 DIMENSIONS = 24
 
@@ -68,24 +71,69 @@ def test_frechet_distance_is_symmetric_and_takes_singular_covariances() -> None:
     assert frechet_distance(_mean(0), one, _mean(0), one) == pytest.approx(0, abs=1e-6)
 
 
-def test_feature_statistics_equal_numpy() -> None:
-    features = torch.randn(100, DIMENSIONS) * 3 + 7
-    statistics = feature_statistics(features)
+def test_frechet_distance_equals_that_by_scipys_root_of_the_product() -> None:
+    one, two = _covariance(1), _covariance(4)
+    root = scipy.linalg.sqrtm((one @ two).numpy()).real
+    expected = (_mean(0) - _mean(2)).square().sum() + (one.trace() + two.trace()) - 2 * np.trace(root)
+    distance = frechet_distance(_mean(0), one, _mean(2), two)
+    assert distance == pytest.approx(float(expected), abs=TOLERANCE)
+
+
+def test_frechet_distance_of_features_equals_torchmetrics() -> None:
+    extractor = nn.Flatten().double()
+    extractor.num_features = DIMENSIONS
+    oracle = FrechetInceptionDistance(feature=extractor, normalize=True, input_img_size=(3, 2, 4))
+    oracle.set_dtype(torch.float64)
+    streams = StatisticsStream(), StatisticsStream()
+    for stream, spread in zip(streams, (1.0, 0.7), strict=True):
+        images = spread * torch.rand(200, 3, 2, 4, dtype=torch.float64)
+        oracle.update(images, real=spread == 1)
+        stream.add(images.flatten(1))
+    one, two = (stream.statistics() for stream in streams)
+    assert one.distance(two) == pytest.approx(oracle.compute().item(), rel=1e-9)
+
+
+def _statistics(*batches: torch.Tensor) -> FeatureStatistics:
+    stream = StatisticsStream()
+    for batch in batches:
+        stream.add(batch)
+    return stream.statistics()
+
+
+def test_statistics_of_a_stream_equal_numpy() -> None:
+    features = torch.randn(100, DIMENSIONS) * 3 + 700
+    statistics = _statistics(features[:1], features[1:40], features[40:])
     array = features.double().numpy()
     np.testing.assert_allclose(statistics.mean.numpy(), array.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(statistics.covariance.numpy(), np.cov(array, rowvar=False), atol=1e-12)
+    np.testing.assert_allclose(statistics.covariance.numpy(), np.cov(array, rowvar=False), atol=1e-11)
     assert statistics.count == 100
 
 
-def test_feature_statistics_do_not_depend_on_order() -> None:
+def test_streams_merge_into_that_of_all() -> None:
     features = torch.randn(100, DIMENSIONS)
+    one, two = StatisticsStream(), StatisticsStream()
+    one.add(features[:30])
+    two.add(features[30:])
+    one.merge(StatisticsStream())
+    one.merge(two)
+    merged, whole = one.statistics(), _statistics(features)
+    torch.testing.assert_close(merged.mean, whole.mean, atol=1e-12, rtol=0)
+    torch.testing.assert_close(merged.covariance, whole.covariance, atol=1e-12, rtol=0)
+    empty = StatisticsStream()
+    empty.merge(one)
+    assert empty.statistics().count == 100
+
+
+def test_statistics_do_not_depend_on_order() -> None:
+    features, other = torch.randn(100, DIMENSIONS), _statistics(torch.randn(50, DIMENSIONS))
     shuffled = features[torch.randperm(100)]
-    other = feature_statistics(torch.randn(50, DIMENSIONS))
-    assert feature_statistics(features).distance(other) == pytest.approx(
-        feature_statistics(shuffled).distance(other), abs=TOLERANCE
+    assert _statistics(features).distance(other) == pytest.approx(
+        _statistics(shuffled).distance(other), abs=TOLERANCE
     )
 
 
-def test_feature_statistics_of_one_vector_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"features: shape \(1, 24\) given; \(n, d\) with n >= 2"):
-        feature_statistics(torch.zeros(1, DIMENSIONS))
+def test_statistics_of_one_vector_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"features: 1 vectors given; 2 or more have a covariance"):
+        _statistics(torch.zeros(1, DIMENSIONS))
+    with pytest.raises(ValueError, match=r"features: shape \(24,\) given; \(n, d\) with n >= 1"):
+        StatisticsStream().add(torch.zeros(DIMENSIONS))

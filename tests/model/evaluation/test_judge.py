@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from model.data.places import Places
+from model.evaluation.features import PlacesJudge
 from model.evaluation.judge import Confusion, Judge, train_judge
-from model.evaluation.sources import views
+from model.evaluation.sources import PlacesViews
 
 
 def test_train_judge_learns_two_colours_and_is_saved_whole(two_colours: Places, tmp_path: Path) -> None:
     judge = train_judge(two_colours, num_views=512, batch_size=8)
-    ((pixels, labels),) = views(two_colours, 2**40, 32, 32)
+    views = PlacesViews(places=two_colours, first_id=2**40, num=32, size=32)
+    ((pixels, labels),) = views.batches(range(32))
     verdicts = judge.classify(pixels)
     assert (verdicts == labels).float().mean() > 0.9
 
@@ -26,6 +28,11 @@ def test_train_judge_learns_two_colours_and_is_saved_whole(two_colours: Places, 
     assert loaded.training_record == {"num_views": 512, "batch_size": 8, "seed": 0}
     assert torch.equal(loaded.classify(pixels), verdicts)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+    features = PlacesJudge(path)(pixels).pooled
+    assert features.shape == (32, PlacesJudge(path).num_features)
+    with torch.inference_mode():
+        assert torch.equal(judge.head(features).argmax(dim=1), verdicts)
 
 
 def test_train_judge_is_a_function_of_its_seed(two_colours: Places) -> None:

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 
 from model.evaluation.nearest import NearestSearch, nearest_views
-
-
-class MeanColour:
-    """Features that are the image's mean colour."""
-
-    name, weights_hash, device = "mean colour", "none", torch.device("cpu")
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.float().mean(dim=(1, 2))
+from tests.extractors import MeanColour
 
 
 def test_nearest_search_over_parts_is_that_over_all() -> None:
