@@ -2,7 +2,7 @@
 graph?
 
 Recipes of the shipped models, or networks with random weights at one size of latents: a preset of ours, and
-DiT of a preset's size (`dit-xl-2`, of `model.benchmark.networks`). Both train in the same loop, `Trainer`'s,
+DiT of a preset's size (`dit-xl-2`, as recipes train it). Both train in the same loop, `Trainer`'s,
 with the same loss (eps and the variational bound of the learned variance), fused AdamW and moving average,
 bf16 autocast over fp32 weights. Ours is compiled by blocks, as the trainer does it, DiT as a whole, unless
 `--modes` says otherwise; the best row of each counts.
@@ -39,16 +39,17 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import default_model_dir
+from model.architecture import Architecture
 from model.autoencoder import Autoencoder
-from model.benchmark.config import PRESETS, architecture
+from model.benchmark.config import PRESETS, architecture, dit_architecture
 from model.benchmark.environment import RESULTS, write_results
 from model.benchmark.forward import peer_name
 from model.benchmark.kernels import profile_kernels
-from model.benchmark.networks import DiTSize, EmbeddedOnce, build_dit, build_lamamba, dit_macs
+from model.benchmark.networks import build_lamamba
 from model.benchmark.timing import release
 from model.data.latents import LatentCache
 from model.messages import one_line
-from model.network.macs import count_macs
+from model.network.kinds import network_macs, new_network
 from model.network.scan import resolve_scan_backend
 from model.recipes import load_recipe
 from model.training.config import TrainConfig
@@ -226,21 +227,20 @@ def _prepared_network(
     kind: dict[str, Any] = {"device": device, "dtype": torch.float32, "trainable": True}
     module: nn.Module
     if name in PEERS:
-        module = EmbeddedOnce(build_dit(PEERS[name], side, **kind))
-        num_classes, macs = DiTSize.of(PEERS[name]).num_classes, lambda: dit_macs(PEERS[name], side)["total"]
+        sizes: Architecture = dit_architecture(PEERS[name], side)
+        module = nn.Module.to(new_network(sizes), device).train()
     else:
         sizes = architecture(name, side)
         module = build_lamamba(name, side, d_state=sizes.d_state, **kind)
         module.use_scan_backend(resolve_scan_backend(config.scan_backend, device))
-        num_classes, macs = sizes.num_classes, lambda: count_macs(sizes).total
     network = TrainedNetwork(
         module=module,
-        null_label=num_classes,
-        label_dropout=0.0 if name in PEERS else 0.1,  # DiT drops its labels itself
-        macs=macs,
+        null_label=sizes.num_classes,
+        label_dropout=0.1,
+        macs=lambda: network_macs(sizes),
         build=lambda: copy.deepcopy(module).eval(),
     )
-    return config, _random_latents(autoencoder, side, num_classes), network
+    return config, _random_latents(autoencoder, side, sizes.num_classes), network
 
 
 def _random_latents(autoencoder: Autoencoder, side: int, num_classes: int) -> LatentCache:

@@ -254,6 +254,7 @@ def _authors_architecture(config: LaMambaConfig) -> LaMambaConfig:
         "skip": ("add",),
         "vssm": ("ss2d_continuous", "ss2d"),
         "attention": ("shifted_window", "global", "none"),
+        "qk_norm": (False,),
     }
     for field, values in accepted.items():
         value = getattr(config, field)

@@ -36,26 +36,37 @@ app.add_typer(bench_app, name="bench")
 
 @app.command(
     epilog="Examples:  lamamba train --config places-128   |   "
-    "lamamba train --config my.yaml learning_rate=1e-4 network.hidden_size=64"
+    "lamamba train --config my.yaml learning_rate=1e-4 network.hidden_size=64   |   lamamba train --list"
 )
 def train(
-    config: Annotated[str, typer.Option(help="A recipe's name (places-128, places-256) or a YAML file.")],
+    config: Annotated[
+        str | None, typer.Option(help="A recipe's name, of those that --list shows, or a YAML file.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Fields to replace, as key=value.", metavar="[KEY=VALUE]...")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default CUDA if there.")] = None,
+    show_recipes: Annotated[bool, typer.Option("--list", help="List the recipes and end.")] = False,
 ) -> None:
     """Train a network on latents; the same command resumes an interrupted run.
 
     Several processes share a run: torchrun --nproc-per-node 8 -m model.cli train --config ...
     """
-    from model.recipes import load_recipe
+    from model.recipes import load_recipe, recipe_summaries
 
+    if show_recipes:
+        recipes: list[dict[str, object]] = [
+            {"recipe": name, "what it trains": summary} for name, summary in recipe_summaries().items()
+        ]
+        typer.echo(_table(recipes))
+        return
     main = int(os.environ.get("RANK", "0")) == 0  # of torchrun's processes, the one that speaks
     logging.basicConfig(
         level=logging.INFO if main else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
     with usage_errors(quiet=not main):
+        if config is None:
+            raise ValueError("config: none given; a recipe's name, of those that --list shows, is accepted")
         fields = load_recipe(config, overrides)
         from model.training.config import TrainConfig
 
@@ -157,6 +168,21 @@ def convert(
         typer.echo(f"{part}/ is missing: give --{part}, or copy one there before serving", err=True)
 
 
+@app.command("add-guidance", epilog="Example:  lamamba add-guidance models/xl runs/lamamba-s-256/model")
+def add_guidance(
+    folder: Annotated[Path, typer.Argument(help="The model folder, which gets a guidance network.")],
+    source: Annotated[Path, typer.Argument(help="The model folder of a smaller or less trained network.")],
+) -> None:
+    """Have guidance of a model step away from a second, worse network (autoguidance)."""
+    with usage_errors():
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such model folder")
+        from model.model_folder import add_guidance_network
+
+        add_guidance_network(folder, source)
+    typer.echo(f"{folder}: guided by {source}")
+
+
 @app.command("fit-previews", epilog="Example:  lamamba fit-previews models/xl --num 64")
 def fit_previews(
     folder: Annotated[Path, typer.Argument(help="The model folder, which gets a preview.json.")],
@@ -195,8 +221,12 @@ def info(
     with usage_errors():
         if resolution < 32 or resolution % 32:
             raise ValueError(f"resolution: {resolution} given; a multiple of 32 pixels is accepted")
+        from model.architecture import Architecture, saved_architecture
         from model.config import LaMambaConfig
-        from model.network.macs import describe, paper_table
+        from model.network.kinds import describe_network
+        from model.network.macs import paper_table
+
+        config: Architecture
 
         if paper:
             rows = paper_table()
@@ -207,10 +237,10 @@ def info(
                 fields = json.loads((model / "transformer" / "config.json").read_text(encoding="utf-8"))
             except (OSError, json.JSONDecodeError) as error:
                 raise ValueError(f"model: {model} is not a model folder ({error})") from error
-            config = LaMambaConfig.from_saved(fields)
+            config = saved_architecture(fields)
         else:
             config = LaMambaConfig.preset(preset, sample_size=resolution // 8, d_state=d_state)
-        description = describe(config)
+        description = describe_network(config)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
     else:

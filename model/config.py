@@ -73,6 +73,10 @@ class LaMambaConfig:
     """M, the attention window's side in tokens; a smaller grid is one window."""
     attention: Attention = "shifted_window"
     """Local attention, or an ablation of Table 3: unshifted windows, one global window, none."""
+    qk_norm: bool = False
+    """RMSNorm of attention's queries and keys (arXiv 2302.05442), which bounds its logits; the paper has
+    none.
+    """
     layout: Literal["unet", "isotropic"] = "unet"
     """U-Net, or blocks of one width without resampling and skips (Table 4, "Isotropic")."""
     num_downsamplings: Literal[1, 2, 3] = 2
@@ -91,6 +95,8 @@ class LaMambaConfig:
         _require_choice("layout", self.layout, ("unet", "isotropic"))
         _require_choice("num_downsamplings", self.num_downsamplings, (1, 2, 3))
         _require_choice("skip", self.skip, ("add", "concat"))
+        if not isinstance(self.qk_norm, bool):
+            raise ValueError(f"qk_norm: {self.qk_norm!r} given; true or false is accepted")
         if not 0 <= self.class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob: {self.class_dropout_prob} given; 0 to 1 is accepted")
         if self.hidden_size % 4:
@@ -137,12 +143,6 @@ class LaMambaConfig:
         if unknown:
             raise ValueError(unknown_field(unknown[0], known, "the network"))
         return cls(**fields)
-
-    @classmethod
-    def from_saved(cls, fields: dict[str, Any]) -> Self:
-        """A configuration from a saved network's config.json, whose further entries are diffusers' own."""
-        own = {field.name for field in dataclasses.fields(cls)}
-        return cls.from_dict({name: value for name, value in fields.items() if name in own})
 
     @property
     def out_channels(self) -> int:

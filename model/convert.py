@@ -34,7 +34,7 @@ from model.autoencoder import Autoencoder
 from model.class_labels import LABELS_ACCEPTED, read_labels
 from model.config import LaMambaConfig
 from model.model_folder import load_network, read_model_index, write_model_index, write_scheduler
-from model.network.lamamba import meta_network
+from model.network.lamamba import LaMambaDiff, meta_network
 from model.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
@@ -144,6 +144,8 @@ def export_checkpoint(model_dir: Path, out_path: Path) -> None:
         ValueError: one line; the folder cannot be read, or their code has no such network.
     """
     network = load_network(model_dir)
+    if not isinstance(network, LaMambaDiff):
+        raise ValueError(f"{model_dir}: holds a {type(network).__name__}; a LaMambaDiff is accepted")
     state_dict = to_authors(network)
     contents = {"model": state_dict, "ema": state_dict} | authors_metadata(network.architecture)
     out_path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
 """What is in a model's folder: reading it, checking it, writing it.
 
-The folder has diffusers' pipeline layout, so `DiTPipeline.from_pretrained` reads it too once LaMambaDiff is
-imported:
+The folder has diffusers' pipeline layout, so `DiTPipeline.from_pretrained` reads it too once the network's
+class is imported:
 
     model_index.json   DiTPipeline's index with id2label, and our own entries under "lamamba"
-    transformer/       LaMambaDiff
+    transformer/       LaMambaDiff, or the DiT that it is compared with
+    guidance_transformer/  the network of autoguidance, smaller or trained for less time; may be missing
     vae/               AutoencoderKL
     scheduler/         the configuration of a DPMSolverMultistepScheduler, for diffusers alone
     preview.json       the map of `model.preview`, for pictures of unfinished images; may be missing
@@ -14,7 +15,6 @@ What cannot be read or does not fit is a ValueError of one line that names the f
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -35,13 +35,17 @@ from model.diffusion.samplers import diffusers_scheduler_config
 from model.diffusion.schedule import NoiseSchedule
 from model.limits import GUIDANCE_SCALE_RANGE
 from model.messages import one_line
+from model.network.kinds import NETWORK_CLASSES, DiffusionNetwork, new_network
 from model.network.lamamba import LaMambaDiff
+from model.whole_file import whole_file
 
 __all__ = [
     "DEFAULT_GUIDANCE_SCALE",
     "GPU_DTYPES",
     "ModelIndex",
+    "add_guidance_network",
     "load_autoencoder",
+    "load_guidance_network",
     "load_network",
     "local_folder",
     "moved_network",
@@ -60,6 +64,8 @@ GPU_DTYPES = ("bfloat16", "float16", "float32")
 65504.
 """
 _LAMAMBA_KEY = "lamamba"
+_NETWORK_DIR = "transformer"
+_GUIDANCE_NETWORK_DIR = "guidance_transformer"
 _REQUIRED_ENTRIES = ("_class_name", "transformer", "vae")
 
 
@@ -74,6 +80,9 @@ class ModelIndex:
     id2label: Mapping[str, str] | None
     gpu_dtype: str
     """Of `GPU_DTYPES`: what a GPU runs the model in where nobody says otherwise."""
+    has_guidance_network: bool
+    """Whether guidance steps away from the folder's second network, rather than from the first's null class.
+    """
 
     def labels(self, num_classes: int) -> tuple[str, ...]:
         """The names of the network's classes, "class 0" and so on where the index has none."""
@@ -140,6 +149,9 @@ def read_model_index(path: Path) -> ModelIndex:
     gpu_dtype = own.get("gpu_dtype", GPU_DTYPES[0])
     if gpu_dtype not in GPU_DTYPES:
         raise _wrong_entry(path, "lamamba.gpu_dtype", gpu_dtype, f"one of {', '.join(GPU_DTYPES)}")
+    guidance_network = own.get("guidance_network", False)
+    if not isinstance(guidance_network, bool):
+        raise _wrong_entry(path, "lamamba.guidance_network", guidance_network, "true or false")
     return ModelIndex(
         folder=path,
         name=name,
@@ -147,20 +159,21 @@ def read_model_index(path: Path) -> ModelIndex:
         guidance_channels=channels,
         id2label=_checked_id2label(path, index.get("id2label")),
         gpu_dtype=gpu_dtype,
+        has_guidance_network=guidance_network,
     )
 
 
-def load_network(folder: Path | str) -> LaMambaDiff:
+def load_network(folder: Path | str) -> DiffusionNetwork:
     """The network of a model folder (or of its transformer/ folder) in fp32 on the CPU.
 
     Raises ValueError, one line, for weights that are missing, damaged or not those of their configuration.
     """
     path = Path(folder)
-    path = path / "transformer" if (path / "transformer").is_dir() else path
+    path = path / _NETWORK_DIR if (path / _NETWORK_DIR).is_dir() else path
     try:
         _check_weight_files(path)
         with _quiet_libraries():
-            loaded: Any = LaMambaDiff.from_pretrained(
+            loaded: Any = _network_class(path).from_pretrained(
                 path,
                 torch_dtype=torch.float32,
                 low_cpu_mem_usage=False,
@@ -169,6 +182,7 @@ def load_network(folder: Path | str) -> LaMambaDiff:
             )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path}: the network cannot be loaded: {one_line(error)}") from error
+    network: DiffusionNetwork
     network, info = loaded
     wrong = sorted(str(key) for keys in info.values() for key in keys)
     if wrong:
@@ -176,7 +190,46 @@ def load_network(folder: Path | str) -> LaMambaDiff:
             f"{path}: the network cannot be loaded: {len(wrong)} weights do not fit its configuration, "
             f"{', '.join(wrong[:3])} among them"
         )
-    return cast(LaMambaDiff, network)
+    return network
+
+
+def load_guidance_network(folder: Path, network: DiffusionNetwork) -> DiffusionNetwork:
+    """The network of autoguidance of a model folder whose first network is `network`, as `load_network` does.
+
+    Raises ValueError also for one whose latents, classes or output are others.
+    """
+    guidance_network = load_network(folder / _GUIDANCE_NETWORK_DIR)
+    _check_guidance_network(folder, guidance_network, network)
+    return guidance_network
+
+
+def add_guidance_network(folder: Path, source: Path | str) -> None:
+    """Make the network of the model folder `source` that of autoguidance in the model folder `folder`.
+
+    Raises ValueError, before anything is written, where it does not fit.
+    """
+    read_model_index(folder)
+    source = local_folder(source)
+    _check_guidance_network(source, load_network(source), load_network(folder))
+    network_dir = source / _NETWORK_DIR if (source / _NETWORK_DIR).is_dir() else source
+    shutil.copytree(network_dir, folder / _GUIDANCE_NETWORK_DIR, dirs_exist_ok=True)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index[_LAMAMBA_KEY] = index.get(_LAMAMBA_KEY, {}) | {"guidance_network": True}
+    with whole_file(folder / "model_index.json") as temporary:
+        write_json(temporary, index)
+
+
+def _check_guidance_network(
+    folder: Path, guidance_network: DiffusionNetwork, network: DiffusionNetwork
+) -> None:
+    if not network.architecture.num_classes:
+        raise ValueError(f"{folder}: a guidance network given; only models with classes accept one")
+    for field in ("in_channels", "sample_size", "num_classes"):
+        value, accepted = (getattr(n.architecture, field) for n in (guidance_network, network))
+        if value != accepted:
+            raise ValueError(
+                f"{folder}: the guidance network's {field} is {value}; the model's, {accepted}, is accepted"
+            )
 
 
 def load_autoencoder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Autoencoder:
@@ -190,7 +243,7 @@ def load_autoencoder(folder: Path, *, device: torch.device, dtype: torch.dtype) 
         return Autoencoder.load(path, device=device, dtype=dtype)
 
 
-def moved_network(network: LaMambaDiff, **where: Any) -> LaMambaDiff:
+def moved_network(network: DiffusionNetwork, **where: Any) -> DiffusionNetwork:
     """`network.to(**where)` by torch's own method.
 
     diffusers' wrapper warns at each cast of modules that the network does not have.
@@ -206,9 +259,10 @@ def own_weights(module: nn.Module) -> None:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 of the network's weight files, the first 12 hex digits."""
+    """SHA-256 of the network's weight files, with autoguidance of both networks', the first 12 hex digits."""
     digest = hashlib.sha256()
-    for path in sorted((folder / "transformer").glob("*.safetensors")):
+    names = [_NETWORK_DIR] + [_GUIDANCE_NETWORK_DIR] * read_model_index(folder).has_guidance_network
+    for path in [path for name in names for path in sorted((folder / name).glob("*.safetensors"))]:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -218,7 +272,7 @@ def weights_hash(folder: Path) -> str:
 def save_model_folder(
     folder: Path,
     *,
-    network: LaMambaDiff,
+    network: DiffusionNetwork,
     autoencoder: Path,
     labels: Sequence[str],
     name: str,
@@ -230,12 +284,19 @@ def save_model_folder(
     folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rounded = LaMambaDiff(**dataclasses.asdict(network.architecture))
+    rounded = new_network(network.architecture)
     rounded.load_state_dict(network.state_dict())
-    moved_network(rounded, dtype=dtype).save_pretrained(folder / "transformer", safe_serialization=True)
+    moved_network(rounded, dtype=dtype).save_pretrained(folder / _NETWORK_DIR, safe_serialization=True)
     shutil.copytree(autoencoder, folder / "vae", dirs_exist_ok=True)
     write_scheduler(folder)
-    write_model_index(folder, labels=labels, name=name, guidance_scale=guidance_scale, gpu_dtype=gpu_dtype)
+    write_model_index(
+        folder,
+        labels=labels,
+        name=name,
+        network_class=type(network),
+        guidance_scale=guidance_scale,
+        gpu_dtype=gpu_dtype,
+    )
 
 
 def write_scheduler(folder: Path) -> None:
@@ -250,6 +311,7 @@ def write_model_index(
     *,
     labels: Sequence[str],
     name: str,
+    network_class: type[DiffusionNetwork] = LaMambaDiff,
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
     gpu_dtype: str = GPU_DTYPES[0],
 ) -> None:
@@ -259,7 +321,7 @@ def write_model_index(
         "_diffusers_version": "0.36.0",
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-        "transformer": ["model.network.lamamba", "LaMambaDiff"],
+        "transformer": [network_class.__module__, network_class.__name__],
         "vae": ["diffusers", "AutoencoderKL"],
         _LAMAMBA_KEY: {"name": name, "guidance_scale": guidance_scale, "gpu_dtype": gpu_dtype},
     }
@@ -286,6 +348,17 @@ def _wrong_entry(path: Path, field: str, value: object, accepted: str) -> ValueE
     shown = json.dumps(value)
     shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
     return ValueError(f"{path}: model_index.json, {field}: {shown} given; {accepted} is accepted")
+
+
+def _network_class(folder: Path) -> Any:
+    """The class of the network that the folder's config.json describes."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("config.json is not an object")
+    name = config.get("_class_name", "LaMambaDiff")
+    if name not in NETWORK_CLASSES:
+        raise ValueError(f"its class is {name!r}; one of {', '.join(NETWORK_CLASSES)} is accepted")
+    return NETWORK_CLASSES[name]
 
 
 def _check_weight_files(folder: Path) -> None:

@@ -29,6 +29,7 @@ from model.diffusion.step import DenoisingNetwork, StepBatch, denoise_step
 from model.fixed_rows import FixedRows
 from model.model_folder import (
     load_autoencoder,
+    load_guidance_network,
     load_network,
     local_folder,
     moved_network,
@@ -37,7 +38,7 @@ from model.model_folder import (
     weights_hash,
 )
 from model.network.compiled_blocks import with_compiled_blocks
-from model.network.lamamba import LaMambaDiff
+from model.network.kinds import DiffusionNetwork
 from model.network.scan import resolve_scan_backend
 from model.preview import PreviewMap, read_preview_map
 
@@ -52,7 +53,7 @@ class LaMambaPipeline:
 
     name: str
     resolution: int
-    network: LaMambaDiff
+    network: DiffusionNetwork
     autoencoder: Autoencoder
     schedule: NoiseSchedule
     labels: tuple[str, ...]
@@ -69,6 +70,10 @@ class LaMambaPipeline:
     """What has all network calls be of one size; None: they are as large as the steps."""
     captured_decoder: CapturedDecoder | None = None
     """The autoencoder's decoder in one launch; None launches it call by call."""
+    guidance_network: DiffusionNetwork | None = None
+    """What guided images step away from (autoguidance); None is `network` without a class."""
+    guidance_fixed_rows: FixedRows | None = None
+    """`fixed_rows` of the guidance network."""
     preview_map: PreviewMap | None = None
     """What makes pictures of unfinished images; None: the model's folder has none."""
 
@@ -119,24 +124,36 @@ class LaMambaPipeline:
         index.check_guidance_channels(network.architecture.in_channels)
         labels = index.labels(network.architecture.num_classes)
         preview_map = read_preview_map(path, latent_channels=autoencoder.latent_channels)
-        network = moved_network(network, device=device, dtype=dtype).eval().requires_grad_(False)
-        network.use_scan_backend(backend)
-        if device.type == "cpu":  # another device has a copy
-            own_weights(network)
+        guidance_network = load_guidance_network(path, network) if index.has_guidance_network else None
+        networks = [network] if guidance_network is None else [network, guidance_network]
+        for part in networks:
+            moved_network(part, device=device, dtype=dtype).eval().requires_grad_(False)
+            part.use_scan_backend(backend)
+            if device.type == "cpu":  # another device has a copy
+                own_weights(part)
+            elif device.type == "cuda":
+                part.stack_conditioning()
+        if device.type == "cpu":
             own_weights(autoencoder.module)
         graphs = cuda_graphs and device.type == "cuda"
-        rows = None if fixed_rows is None else FixedRows(network, num_rows=fixed_rows, captured=graphs)
+        rows, guidance_rows = (
+            None
+            if fixed_rows is None or part is None
+            else FixedRows(part, num_rows=fixed_rows, captured=graphs)
+            for part in (network, guidance_network)
+        )
         step: StepFunction | None = None
         decoder: CapturedDecoder | None = None
         if device.type == "cuda":
-            network.stack_conditioning()
             step = partial(
                 denoise_step,
                 rows or network,
                 null_label=network.null_label,
                 guidance_channels=index.guidance_channels,
+                guidance_network=guidance_rows or guidance_network,
             )
-            step = with_compiled_blocks(network, step) if compile else step
+            for part in networks if compile else []:
+                step = with_compiled_blocks(part, step)
             if graphs:
                 latent_shape = _latent_shape(network)
                 decoder = CapturedDecoder(
@@ -163,6 +180,8 @@ class LaMambaPipeline:
             step_function=step,
             fixed_rows=rows,
             captured_decoder=decoder,
+            guidance_network=guidance_network,
+            guidance_fixed_rows=guidance_rows,
             preview_map=None if preview_map is None else preview_map.to(device),
         )
 
@@ -171,10 +190,16 @@ class LaMambaPipeline:
         if self.step_function is not None:
             return self.step_function(batch)
         network: DenoisingNetwork = self.fixed_rows or self.network
+        guidance_network: DenoisingNetwork | None = self.guidance_fixed_rows or self.guidance_network
         if self.row_threads is not None:
             network = self.row_threads.share(network)
+            guidance_network = guidance_network and self.row_threads.share(guidance_network)
         return denoise_step(
-            network, batch, null_label=self.null_label, guidance_channels=self.guidance_channels
+            network,
+            batch,
+            null_label=self.null_label,
+            guidance_channels=self.guidance_channels,
+            guidance_network=guidance_network,
         )
 
     @torch.inference_mode()
@@ -196,11 +221,14 @@ class LaMambaPipeline:
         return peak_bytes(lambda: to_pixels(self.autoencoder.decode(latents)), self.device)
 
     def num_rows(self, num_images: int, num_guided: int) -> int:
-        """Rows that the network computes in a step of so many images, those that fill it up included."""
+        """Rows that the networks compute in a step of so many images, those that fill them up included."""
         if isinstance(self.step_function, CapturedSteps):
             return self.step_function.num_rows(num_images, num_guided)
-        rows = num_images + num_guided
-        return rows if self.fixed_rows is None else self.fixed_rows.num_computed(rows)
+        if self.fixed_rows is None:
+            return num_images + num_guided
+        if self.guidance_fixed_rows is None:
+            return self.fixed_rows.num_computed(num_images + num_guided)
+        return self.fixed_rows.num_computed(num_images) + self.guidance_fixed_rows.num_computed(num_guided)
 
     def prepare_steps(self, *, max_images: int) -> Iterator[None]:
         """Make ready what `denoise_step` makes at the first step of each size, up to so many images; a size
@@ -402,6 +430,6 @@ class LaMambaPipeline:
         return latents
 
 
-def _latent_shape(network: LaMambaDiff) -> tuple[int, int, int]:
+def _latent_shape(network: DiffusionNetwork) -> tuple[int, int, int]:
     side = network.architecture.sample_size
     return network.architecture.in_channels, side, side

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from model.model_folder import save_model_folder
+from model.model_folder import add_guidance_network, save_model_folder
+from model.network.dit import DiT
 from model.network.lamamba import LaMambaDiff
 
 LABELS = ("red barn", "blue house", "green hill")
@@ -43,3 +44,14 @@ def save_tiny_model(root: Path, labels: Sequence[str] = LABELS, **config: Any) -
         dtype=torch.float32,
     )
     return root / "model"
+
+
+def save_autoguided_model(root: Path, **config: Any) -> Path:
+    """`save_tiny_model` with a guidance network of other weights, a DiT."""
+    folder = save_tiny_model(root, **config)
+    small = DiT(sample_size=8, hidden_size=16, num_layers=1, num_heads=2, num_classes=len(LABELS))
+    for parameter in small.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_model_folder(root / "small", network=small, autoencoder=root / "vae", labels=LABELS, name="small")
+    add_guidance_network(folder, root / "small")
+    return folder

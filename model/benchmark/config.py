@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from model.config import LaMambaConfig
+from model.dit_config import DiTConfig
 
 __all__ = [
     "BACKENDS",
@@ -23,6 +24,7 @@ __all__ = [
     "Variant",
     "architecture",
     "comma_separated",
+    "dit_architecture",
     "parse_shapes",
 ]
 
@@ -42,6 +44,7 @@ PRESETS = ("S", "B", "L", "XL", "tiny")
 
 # For dry runs on a CPU: three stages at sides from 8.
 _TINY = {"hidden_size": 8, "depths": (1, 1, 1, 0), "num_heads": 2, "num_classes": 10}
+_TINY_DIT = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_classes": 10}
 
 
 class Shape(NamedTuple):
@@ -150,6 +153,13 @@ def architecture(preset: str, side: int, *, d_state: int = 1) -> LaMambaConfig:
     if preset == "tiny":
         return LaMambaConfig.from_dict(_TINY | fields)
     return LaMambaConfig.preset(preset, **fields)
+
+
+def dit_architecture(preset: str, side: int) -> DiTConfig:
+    """The peer of `preset`'s size with patches of 2; ValueError for a side that it does not fit."""
+    if preset == "tiny":
+        return DiTConfig.from_dict(_TINY_DIT | {"sample_size": side})
+    return DiTConfig.preset(f"{preset}/2", sample_size=side)
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:

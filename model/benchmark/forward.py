@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.benchmark.config import BenchConfig, Shape, Variant, architecture
+from model.benchmark.config import BenchConfig, Shape, Variant, architecture, dit_architecture
 from model.benchmark.energy import energy_counter, joules
 from model.benchmark.kernels import profile_kernels
 from model.benchmark.networks import (
@@ -23,13 +23,13 @@ from model.benchmark.networks import (
     EmbeddedOnce,
     build_dit,
     build_lamamba,
-    dit_macs,
     optimize,
     twin,
 )
 from model.benchmark.timing import interleaved, milliseconds, percentiles, release
 from model.cuda_graph import CapturedStep
 from model.messages import one_line
+from model.network.dit import dit_macs
 from model.network.macs import count_macs
 from model.network.scan import resolve_scan_backend
 
@@ -296,7 +296,7 @@ def relative_rms(value: Tensor, reference: Tensor) -> float:
 def _macs(provider: str, preset: str, side: int, d_state: int) -> tuple[int, int]:
     """Multiply-adds of a row, and of them attention's products of tokens."""
     if provider == "dit":
-        counts = dit_macs(preset, side)
+        counts = dit_macs(dit_architecture(preset, side))
         return counts["total"], counts["attention"]
     count = count_macs(architecture(preset, side, d_state=d_state))
     return count.total, count.attention

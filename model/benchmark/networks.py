@@ -1,4 +1,4 @@
-"""The networks that are compared, with random weights, and their multiply-adds.
+"""The networks that are compared, with random weights.
 
 Ours is LaMamba-Diff of a preset. The peer is DiT of the same size with patches of 2 (Peebles & Xie 2023,
 table 1), as diffusers' `DiTTransformer2DModel`. In diffusers each block has its own copy of the embedding of
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,37 +18,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from model.benchmark.config import architecture
+from model.benchmark.config import architecture, dit_architecture
+from model.network.dit import GivenEmbedding, transformer_fields
 from model.network.lamamba import LaMambaDiff
 
-__all__ = ["DTYPES", "DiTSize", "EmbeddedOnce", "build_dit", "build_lamamba", "dit_macs", "optimize", "twin"]
+__all__ = ["DTYPES", "EmbeddedOnce", "build_dit", "build_lamamba", "optimize", "twin"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTSize:
-    """A DiT with patches of 2 on 4 latent channels."""
-
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    num_classes: int = 1000
-
-    @classmethod
-    def of(cls, preset: str) -> DiTSize:
-        """DiT's size of the same name."""
-        return _DIT_SIZES[preset]
-
-
-_DIT_SIZES = {
-    "tiny": DiTSize(num_layers=2, num_heads=2, head_dim=8, num_classes=10),
-    "S": DiTSize(num_layers=12, num_heads=6, head_dim=64),
-    "B": DiTSize(num_layers=12, num_heads=12, head_dim=64),
-    "L": DiTSize(num_layers=24, num_heads=16, head_dim=64),
-    "XL": DiTSize(num_layers=28, num_heads=16, head_dim=72),
-}
-_PATCH, _IN_CHANNELS, _OUT_CHANNELS, _FREQUENCIES = 2, 4, 8, 256
 
 
 def build_lamamba(
@@ -83,41 +58,15 @@ def build_dit(
 ) -> DiTTransformer2DModel:
     """The peer with torch's random weights, of which none is zero; `trainable` as in `build_lamamba`."""
     torch.manual_seed(0)
-    size = DiTSize.of(preset)
+    architecture = dit_architecture(preset, side)
     with device:
         network = DiTTransformer2DModel(
-            num_attention_heads=size.num_heads,
-            attention_head_dim=size.head_dim,
-            in_channels=_IN_CHANNELS,
-            out_channels=_OUT_CHANNELS,
-            num_layers=size.num_layers,
-            sample_size=side,
-            patch_size=_PATCH,
-            activation_fn="gelu-approximate",
-            num_embeds_ada_norm=size.num_classes,
-            norm_type="ada_norm_zero",
-            norm_elementwise_affine=False,
+            **transformer_fields(architecture), num_embeds_ada_norm=architecture.num_classes
         )
     first, *others = _blocks(network)
     for block in others:
         block.norm1.emb = first.norm1.emb
     return (_trainable if trainable else _frozen)(network.to(device), dtype)
-
-
-def dit_macs(preset: str, side: int) -> dict[str, int]:
-    """Multiply-adds of one row of DiT: `total`, and of it `attention` (the products of tokens).
-
-    With T = (side / 2)^2 tokens, width d and n layers: 12 d^2 T + 2 d T^2 a layer, of which the second term
-    is attention's; 6 d^2 a layer, 2 d^2 for the final layer and (256 + d) d for t once, whatever T; 16 d T
-    to embed patches and 32 d T to predict them. DiT's paper prints 118.64 G and 524.60 G for XL/2 at sides 32
-    and 64: this rule is within 0.02 % of both.
-    """
-    size = DiTSize.of(preset)
-    d, n, tokens = size.num_heads * size.head_dim, size.num_layers, (side // _PATCH) ** 2
-    attention = n * 2 * d * tokens**2
-    linear = n * 12 * d**2 * tokens + _PATCH**2 * (_IN_CHANNELS + _OUT_CHANNELS) * d * tokens
-    conditioning = (6 * n + 2) * d**2 + (_FREQUENCIES + d) * d
-    return {"total": attention + linear + conditioning, "attention": attention}
 
 
 class EmbeddedOnce(nn.Module):
@@ -128,7 +77,7 @@ class EmbeddedOnce(nn.Module):
         self.network = network
         self.embedding = _blocks(network)[0].norm1.emb
         for block in _blocks(network):
-            block.norm1.emb = _GivenEmbedding()
+            block.norm1.emb = GivenEmbedding()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,15 +93,6 @@ class EmbeddedOnce(nn.Module):
         """What diffusers' models of this name do, for those that say which of their blocks repeat."""
         for block in _blocks(self.network):
             block.compile(**options)
-
-
-class _GivenEmbedding(nn.Module):
-    """In a block's place of the embedding: what the block is given for its timestep is the embedding."""
-
-    def forward(
-        self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        return timestep
 
 
 def twin(network: nn.Module) -> Any:

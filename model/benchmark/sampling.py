@@ -22,10 +22,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from model.autoencoder import Autoencoder, to_pixels
-from model.benchmark.config import LEVELS, PRESETS, Shape, architecture
+from model.benchmark.config import LEVELS, PRESETS, Shape, architecture, dit_architecture
 from model.benchmark.environment import device_slug, environment, write_json
 from model.benchmark.forward import peer_name
-from model.benchmark.networks import DTYPES, DiTSize, EmbeddedOnce, build_dit, build_lamamba, optimize
+from model.benchmark.networks import DTYPES, EmbeddedOnce, build_dit, build_lamamba, optimize
 from model.benchmark.run import compile_cache
 from model.benchmark.timing import release
 from model.cuda_graph import CapturedStep
@@ -263,7 +263,7 @@ def _loop(config: ImagesConfig, provider: str, level: str, shape: Shape, device:
         num_classes = network.architecture.num_classes
     else:
         network = EmbeddedOnce(build_dit(config.preset, shape.side, device=device, dtype=dtype))
-        num_classes = DiTSize.of(config.preset).num_classes
+        num_classes = dit_architecture(config.preset, shape.side).num_classes
     optimize(network, level)
     return _Loop(
         network,

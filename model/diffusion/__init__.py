@@ -14,9 +14,11 @@ from model.diffusion.samplers import (
 )
 from model.diffusion.schedule import NoiseSchedule, respaced_timesteps
 from model.diffusion.step import DenoisingNetwork, StepBatch, denoise_step
+from model.diffusion.timesteps import TIMESTEP_DENSITIES, timestep_quantiles
 
 __all__ = [
     "SAMPLERS",
+    "TIMESTEP_DENSITIES",
     "TIMESTEP_SPACINGS",
     "Coefficient",
     "DenoisingNetwork",
@@ -37,4 +39,5 @@ __all__ = [
     "respaced_timesteps",
     "sampler_step",
     "sampler_table",
+    "timestep_quantiles",
 ]

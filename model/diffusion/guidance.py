@@ -4,6 +4,8 @@ The authors guide all latent channels; DiT's code guides the first three and lea
 scale of 1 is no guidance: such rows need no unconditional evaluation, and step.py spends none on them. Nor
 does it outside of an interval of timesteps that an image may be given (arXiv 2404.07724): at the noisiest
 steps guidance narrows what is made, at the cleanest ones it changes little.
+
+In autoguidance (arXiv 2406.02507) eps_uncond is that of a smaller network, with the class.
 """
 
 from __future__ import annotations

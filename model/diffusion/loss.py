@@ -7,6 +7,10 @@ VB is in bits a dimension, its mean is frozen (eps detached), and it has no weig
 DDPM" (arXiv 2102.09672, section 3.1), whose lambda of 0.001 makes a mean over its 1000 terms of their sum.
 As ADM's, DiT's and the authors' code have it.
 
+By option the squared error is weighted by min(SNR, gamma) / SNR, SNR = abar / (1 - abar) (min-SNR, arXiv
+2303.09556): x_0's error with its weight bounded by gamma. It takes weight off the cleanest timesteps, where
+eps is hardest to tell and matters least. VB keeps its own weight.
+
 Letters: t (batch,) indices into the full process; v the variance logits. Everything is fp32 whatever the
 network's dtype.
 """
@@ -39,6 +43,8 @@ class LossTables:
     posterior_mean_coef2: Tensor
     min_log_variance: Tensor
     max_log_variance: Tensor
+    snr: Tensor
+    """abar / (1 - abar)."""
 
     @classmethod
     def from_schedule(cls, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> LossTables:
@@ -57,6 +63,7 @@ class LossTables:
             posterior_mean_coef2=rounded(schedule.posterior_mean_coef2),
             min_log_variance=rounded(schedule.posterior_log_variance_clipped),
             max_log_variance=rounded(schedule.log_betas),
+            snr=rounded(abar / (1.0 - abar)),
         )
 
     def to(self, device: torch.device | str) -> LossTables:
@@ -66,7 +73,7 @@ class LossTables:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DiffusionLoss:
-    """Losses of each sample, (batch,) fp32: `loss` is the sum of the other two."""
+    """Losses of each sample, (batch,) fp32: `loss` is the sum of the other two, the mse by its weight."""
 
     loss: Tensor
     mse: Tensor
@@ -81,7 +88,14 @@ def q_sample(x0: Tensor, noise: Tensor, t: Tensor, schedule_tables: LossTables) 
 
 
 def diffusion_loss(
-    model_output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, schedule_tables: LossTables
+    model_output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    schedule_tables: LossTables,
+    *,
+    min_snr_gamma: float = math.inf,
 ) -> DiffusionLoss:
     """The loss of each sample.
 
@@ -89,15 +103,19 @@ def diffusion_loss(
         model_output: (batch, 2C, H, W), eps then v; or (batch, C, H, W), eps alone.
         x0, x_t, noise: (batch, C, H, W) fp32, x_t = q_sample(x0, noise, t).
         t: (batch,) int64 in [0, T).
+        min_snr_gamma: above 0; inf weights all timesteps alike.
     """
     channels = x0.shape[1]
     model_output = model_output.float()
     eps, variance_logits = model_output[:, :channels], model_output[:, channels:]
     mse = _mean((eps - noise) ** 2)
+    weighted = mse
+    if min_snr_gamma < math.inf:
+        weighted = mse * (min_snr_gamma / schedule_tables.snr[t]).clamp(max=1.0)
     if variance_logits.shape[1] == 0:
-        return DiffusionLoss(loss=mse, mse=mse, vb=torch.zeros_like(mse))
+        return DiffusionLoss(loss=weighted, mse=mse, vb=torch.zeros_like(mse))
     vb = _variational_bound(eps.detach(), variance_logits, x0, x_t, t, schedule_tables)
-    return DiffusionLoss(loss=mse + vb, mse=mse, vb=vb)
+    return DiffusionLoss(loss=weighted + vb, mse=mse, vb=vb)
 
 
 def _variational_bound(

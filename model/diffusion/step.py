@@ -3,6 +3,9 @@
     rows (one network evaluation each) = all images, conditional + the guided ones again, with the null label
     network -> guidance -> sampler update
 
+With a guidance network (autoguidance, arXiv 2406.02507) the guided images go through that one instead, with
+their own labels: a worse network, smaller or trained for less time, whose errors guidance steps away from.
+
 The in-process pipeline and the server both call `denoise_step`. It is a pure function of tensors, with no
 host synchronisation and a number of rows that only the shapes of its inputs decide, so it can be compiled
 or captured in a CUDA graph; which images are in the batch is the caller's business.
@@ -79,32 +82,45 @@ class StepBatch:
 
 
 def denoise_step(
-    network: DenoisingNetwork, batch: StepBatch, *, null_label: int, guidance_channels: int | None = None
+    network: DenoisingNetwork,
+    batch: StepBatch,
+    *,
+    null_label: int,
+    guidance_channels: int | None = None,
+    guidance_network: DenoisingNetwork | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move every image one step; returns its next latents and history, (images, C, H, W) fp32 each.
 
-    One network call on images + guided images rows, in the network's dtype; all else is fp32. The variance
-    logits are those of the conditional row, as in the authors' code.
+    One network call on images + guided images rows, in the network's dtype; all else is fp32. With a guidance
+    network it is one of each, on the images and on the guided images. The variance logits are those of the
+    conditional row, as in the authors' code.
 
     Args:
         null_label: the class label that stands for no class.
         guidance_channels: how many of the first latent channels are guided; None is all of them.
+        guidance_network: what guidance steps away from; None is `network` without a class.
     """
     num_images, channels = batch.latents.shape[:2]
     rows, timesteps, class_labels = batch.latents, batch.timesteps, batch.class_labels
     has_guidance = batch.guided.shape[0] > 0
-    if has_guidance:
+    if has_guidance and guidance_network is None:
         rows = torch.cat([rows, rows[batch.guided]])
         timesteps = torch.cat([timesteps, timesteps[batch.guided]])
         class_labels = torch.cat([class_labels, torch.full_like(batch.guided, null_label)])
 
     output = network(rows.to(network.dtype), timestep=timesteps, class_labels=class_labels).sample.float()
-    conditional, unconditional = output[:num_images], output[num_images:]
+    conditional, others = output[:num_images], output[num_images:]
+    if has_guidance and guidance_network is not None:
+        others = guidance_network(
+            rows[batch.guided].to(guidance_network.dtype),
+            timestep=timesteps[batch.guided],
+            class_labels=class_labels[batch.guided],
+        ).sample.float()
     eps = conditional[:, :channels]
     variance_logits = conditional[:, channels:] if output.shape[1] == 2 * channels else None
 
     if has_guidance:
         scale = batch.guidance_scale[batch.guided]
-        guided = guided_eps(eps[batch.guided], unconditional[:, :channels], scale, guidance_channels)
+        guided = guided_eps(eps[batch.guided], others[:, :channels], scale, guidance_channels)
         eps = eps.index_copy(0, batch.guided, guided)
     return sampler_step(batch.latents, eps, variance_logits, batch.history, batch.noise, batch.coefficients)

@@ -3,6 +3,10 @@ equation 2).
 
 In torch's path windows and heads share one axis, so the bias and the shift mask broadcast over the batch and
 nothing is repeated. The kernels of `window_attention.py` compute the same in one pass over qkv.
+
+With `qk_norm` queries and keys pass an RMSNorm over the channels of their head first, q / sqrt(mean(q^2) +
+eps) * weight, with one weight for all heads (as ViT-22B, arXiv 2302.05442): logits then cannot grow with the
+weights.
 """
 
 from __future__ import annotations
@@ -23,12 +27,15 @@ class WindowAttention(nn.Module):
         width: d, divisible by `num_heads`.
         window_size: side of the windows that the bias table is made for; a grid may use smaller ones.
         shifted: roll the grid by half a window first (every second block), where the grid shifts at all.
+        qk_norm: normalise queries and keys.
 
     `use_kernels` is set by whoever loads the network (`LaMambaDiff.use_scan_backend`); windows that the
     kernels do not accept stay torch's.
     """
 
-    def __init__(self, width: int, *, num_heads: int, window_size: int, shifted: bool) -> None:
+    def __init__(
+        self, width: int, *, num_heads: int, window_size: int, shifted: bool, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = width // num_heads
@@ -37,13 +44,19 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.relative_position_bias = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
+        # Of the queries' norm, then of the keys'.
+        self.qk_norm_weight = nn.Parameter(torch.ones(2, self.head_dim)) if qk_norm else None
 
     def forward(self, x: Tensor, geometry: GridGeometry) -> Tensor:
         assert geometry.window is not None
         if self.use_kernels and window_attention.accepts(geometry.window, self.head_dim):
             shift = geometry.shift if self.shifted else (0, 0)
             x = window_attention.window_attention(
-                self.qkv(x), self.relative_position_bias, window=geometry.window, shift=shift
+                self.qkv(x),
+                self.relative_position_bias,
+                self.qk_norm_weight,
+                window=geometry.window,
+                shift=shift,
             )
             return self.proj(x)
         shift_rows, shift_columns = geometry.shift
@@ -59,6 +72,11 @@ class WindowAttention(nn.Module):
             three=3,
             heads=self.num_heads,
         )  # (B, windows * heads, M*M, head_dim)
+        if self.qk_norm_weight is not None:
+            q, k = (
+                F.rms_norm(x, (self.head_dim,), weight.to(x.dtype), window_attention.QK_NORM_EPS)
+                for x, weight in zip((q, k), self.qk_norm_weight, strict=True)
+            )
         # A mask with all four axes: CPUs have a fused kernel for those and for none with three.
         bias = self._bias(geometry, shifted).to(q.dtype).unsqueeze(0)  # (1, windows * heads, M*M, M*M)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

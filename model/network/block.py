@@ -63,7 +63,11 @@ class LaMambaBlock(nn.Module):
         if self.has_attention:
             self.attention_norm = ResidualNorm(width)
             self.attention = WindowAttention(
-                width, num_heads=config.num_heads, window_size=window_size, shifted=shifted
+                width,
+                num_heads=config.num_heads,
+                window_size=window_size,
+                shifted=shifted,
+                qk_norm=config.qk_norm,
             )
         self.ffn_norm = ResidualNorm(width)
         self.ffn = FeedForward(width)

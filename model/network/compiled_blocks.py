@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from model.network.lamamba import LaMambaDiff
+from model.network.kinds import DiffusionNetwork
 
 __all__ = ["with_compiled_blocks"]
 
@@ -25,7 +25,11 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def with_compiled_blocks(
-    network: LaMambaDiff, function: Function, *, dynamic: bool | None = None, inside_hooks: bool = False
+    network: DiffusionNetwork,
+    function: Function,
+    *,
+    dynamic: bool | None = None,
+    inside_hooks: bool = False,
 ) -> Function:
     """Have the blocks of `network` compiled at their first call, and `function`, which runs it, allow that.
 

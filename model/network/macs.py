@@ -3,7 +3,8 @@
 The count runs the built network on the meta device and looks at the operations that it executes, by the rule
 of the authors' (fvcore's): a multiply-add of a linear map, a convolution or an attention product counts 1, a
 LayerNorm 5 an element (4 without affine map), a selective scan 9 * path_length * d_inner * d_state a
-direction; all else (activations, AdaLN's affine maps, sums, softmax, embeddings) counts nothing.
+direction; all else (activations, AdaLN's affine maps, sums, softmax, embeddings) counts nothing. The RMSNorm
+of `qk_norm` is ours to count: 4, as it has no mean to subtract.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import LaMambaConfig
+from model.network.attention import WindowAttention
 from model.network.lamamba import LaMambaDiff, meta_network
 from model.network.scan import ScanBackend
 from model.network.scan.reference import project_dt
 
 _NORM_MACS = 5
 _NORM_MACS_WITHOUT_AFFINE = 4
+_RMS_NORM_MACS = 4
 _SCAN_MACS = 9
 # Operations of linear maps; what else an attention module multiplies are its products of tokens.
 _LINEAR = (torch.ops.aten.addmm, torch.ops.aten.mm)
@@ -204,6 +207,10 @@ def _count_macs(network: LaMambaDiff) -> MacCount:
     """Count a forward on the meta device; `network` keeps the scan that only counts."""
     config = network.architecture
     scans: list[int] = []
+    qk_norms: list[int] = []
+    for module in network.modules():
+        if isinstance(module, WindowAttention) and module.qk_norm_weight is not None:
+            module.register_forward_pre_hook(_counting_qk_norm(qk_norms))
     network.use_scan_backend(ScanBackend("counting", _counting_scan(scans)))
     # FlopCounterMode counts a multiply-add as 2.
     counter = FlopCounterMode(
@@ -227,7 +234,7 @@ def _count_macs(network: LaMambaDiff) -> MacCount:
         linear=(total.total() - attention) // 2,
         convolution=convolution // 2,
         attention=attention // 2,
-        norm=norm // 2,
+        norm=norm // 2 + sum(qk_norms),
         scan=sum(scans),
     )
 
@@ -245,6 +252,15 @@ def _counting_scan(counts: list[int]) -> Callable[..., Tensor]:
         return torch.empty_like(u, dtype=torch.float32).unsqueeze(2)
 
     return selective_scan
+
+
+def _counting_qk_norm(counts: list[int]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A hook of an attention module that appends what norms its queries and keys to `counts`."""
+
+    def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        counts.append(2 * _RMS_NORM_MACS * inputs[0].numel())
+
+    return count
 
 
 def _layer_norm_flops(x: torch.Size, normalized_shape: object, weight: object, *_: Any, **__: Any) -> int:

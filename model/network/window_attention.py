@@ -28,6 +28,7 @@ MAX_HEAD_DIM = 128
 # backward starts one round: each of its programs writes a partial sum of 16 KiB for the bias.
 FORWARD_PROGRAMS = 12 * 132
 BACKWARD_PROGRAMS = 2 * 132
+QK_NORM_EPS = 1e-6
 TABLE_ENTRIES = 16  # rows of the bias table that a program of `bias_grad_kernel` sums
 
 
@@ -51,7 +52,14 @@ class _Launch:
 
     @classmethod
     def of(
-        cls, qkv: Tensor, table: Tensor, window: Sequence[int], shift: Sequence[int], *, programs: int
+        cls,
+        qkv: Tensor,
+        table: Tensor,
+        window: Sequence[int],
+        shift: Sequence[int],
+        *,
+        qk_norm: bool,
+        programs: int,
     ) -> _Launch:
         """A function of shapes alone: nothing is tuned in a request."""
         (batch, height, width, channels), num_heads = qkv.shape, table.shape[1]
@@ -74,6 +82,7 @@ class _Launch:
                 "TABLE_WINDOW": (math.isqrt(len(table)) + 1) // 2,
                 "BLOCK_T": block_t,
                 "BLOCK_D": block_d,
+                "QK_NORM": qk_norm,
             },
             # 16 rows of the tile a warp, as tensor cores cut it: no row's softmax crosses warps.
             num_warps=block_t // 16,
@@ -93,85 +102,126 @@ def _block(size: int) -> int:
 
 
 @torch.library.custom_op("lamamba::window_attention_forward", mutates_args=())
-def _forward(qkv: Tensor, table: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+def _forward(
+    qkv: Tensor, table: Tensor, norm_weight: Tensor | None, window: Sequence[int], shift: Sequence[int]
+) -> Tensor:
     qkv, table = qkv.contiguous(), table.contiguous()
     out = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
-    launch = _Launch.of(qkv, table, window, shift, programs=FORWARD_PROGRAMS)
+    qk_norm = norm_weight is not None
+    launch = _Launch.of(qkv, table, window, shift, qk_norm=qk_norm, programs=FORWARD_PROGRAMS)
     with torch.cuda.device_of(qkv):
         kernels.window_attention_fwd_kernel[(launch.chunks * table.shape[1],)](
-            *(qkv, table, out), launch.num_windows, *qkv.shape[1:3], launch.scale, **launch.options
+            *(qkv, table, table if norm_weight is None else norm_weight.contiguous(), out),
+            *(launch.num_windows, *qkv.shape[1:3], launch.scale, QK_NORM_EPS),
+            **launch.options,
         )
     return out
 
 
 @_forward.register_fake
-def _(qkv: Tensor, table: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+def _(
+    qkv: Tensor, table: Tensor, norm_weight: Tensor | None, window: Sequence[int], shift: Sequence[int]
+) -> Tensor:
     return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
 
 
 @torch.library.custom_op("lamamba::window_attention_backward", mutates_args=())
 def _backward(
-    qkv: Tensor, table: Tensor, dout: Tensor, window: Sequence[int], shift: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv and, in fp32, of the table."""
+    qkv: Tensor,
+    table: Tensor,
+    norm_weight: Tensor | None,
+    dout: Tensor,
+    window: Sequence[int],
+    shift: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv and, in fp32, of the table and of the norms' weight, `(2, head_dim)` or empty."""
     qkv, table, dout = qkv.contiguous(), table.contiguous(), dout.contiguous()
-    num_heads = table.shape[1]
-    launch = _Launch.of(qkv, table, window, shift, programs=BACKWARD_PROGRAMS)
+    num_heads, qk_norm = table.shape[1], norm_weight is not None
+    launch = _Launch.of(qkv, table, window, shift, qk_norm=qk_norm, programs=BACKWARD_PROGRAMS)
     block_t = launch.shape["BLOCK_T"]
     dqkv = torch.empty_like(qkv)
     dtable = torch.empty_like(table, dtype=torch.float32)
     dbias = table.new_empty((launch.chunks, num_heads, block_t, block_t), dtype=torch.float32)
+    head_dim = launch.shape["HEAD_DIM"]
+    dweight = table.new_empty((launch.chunks * num_heads, 2, head_dim) if qk_norm else 0, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
         kernels.window_attention_bwd_kernel[(launch.chunks * num_heads,)](
-            *(qkv, table, dout, dqkv, dbias),
-            *(launch.num_windows, *qkv.shape[1:3], launch.scale),
+            *(qkv, table, table if norm_weight is None else norm_weight.contiguous()),
+            *(dout, dqkv, dbias, dweight),
+            *(launch.num_windows, *qkv.shape[1:3], launch.scale, QK_NORM_EPS),
             **launch.options,
         )
         names = ("HEADS", "WINDOW_ROWS", "WINDOW_COLUMNS", "TABLE_WINDOW", "BLOCK_T")
         kernels.bias_grad_kernel[(-(-len(table) // TABLE_ENTRIES) * num_heads,)](
             dbias.sum(0), dtable, **{name: launch.shape[name] for name in names}, ENTRIES=TABLE_ENTRIES
         )
-    return dqkv, dtable
+    return dqkv, dtable, dweight.sum(0) if qk_norm else dweight
 
 
 @_backward.register_fake
 def _(
-    qkv: Tensor, table: Tensor, dout: Tensor, window: Sequence[int], shift: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor,
+    table: Tensor,
+    norm_weight: Tensor | None,
+    dout: Tensor,
+    window: Sequence[int],
+    shift: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(qkv, memory_format=torch.contiguous_format),
         torch.empty_like(table, dtype=torch.float32, memory_format=torch.contiguous_format),
+        table.new_empty(0 if norm_weight is None else norm_weight.shape, dtype=torch.float32),
     )
 
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, table: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-        ctx.save_for_backward(qkv, table)
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        table: Tensor,
+        norm_weight: Tensor | None,
+        window: Sequence[int],
+        shift: Sequence[int],
+    ) -> Tensor:
+        ctx.save_for_backward(qkv, table, norm_weight)
         ctx.window, ctx.shift = window, shift
-        return _forward(qkv, table, window, shift)
+        return _forward(qkv, table, norm_weight, window, shift)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, table = ctx.saved_tensors
-        dqkv, dtable = _backward(qkv, table, dout, ctx.window, ctx.shift)
-        return dqkv, dtable.to(table.dtype), None, None
+        qkv, table, norm_weight = ctx.saved_tensors
+        dqkv, dtable, dweight = _backward(qkv, table, norm_weight, dout, ctx.window, ctx.shift)
+        return (
+            dqkv,
+            dtable.to(table.dtype),
+            None if norm_weight is None else dweight.to(norm_weight.dtype),
+            None,
+            None,
+        )
 
 
 def window_attention(
-    qkv: Tensor, table: Tensor, *, window: tuple[int, int], shift: tuple[int, int]
+    qkv: Tensor,
+    table: Tensor,
+    norm_weight: Tensor | None = None,
+    *,
+    window: tuple[int, int],
+    shift: tuple[int, int],
 ) -> Tensor:
     """Attention among the tokens of each window, `(B, H, W, 3d) -> (B, H, W, d)`; softmax in fp32.
 
     Args:
         qkv: queries, keys and values; the last axis is read as (3, heads, d / heads). fp32, bf16 or fp16.
         table: `((2M - 1)**2, heads)`, the relative position bias of windows up to M a side; same dtypes.
+        norm_weight: `(2, d / heads)`, of the RMSNorm of queries, then of keys; None norms neither.
         window: `(rows, columns)` of a window, dividing H and W, as `accepts` takes them.
         shift: tokens by which the grid is rolled first, `(0, 0)` for none.
 
     Raises ValueError for a dtype that the kernels do not read.
     """
-    check_dtypes(qkv=qkv, table=table)
-    if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
-        return _WindowAttention.apply(qkv, table, window, shift)
-    return _forward(qkv, table, window, shift)
+    tensors = {"qkv": qkv, "table": table} | ({} if norm_weight is None else {"norm_weight": norm_weight})
+    check_dtypes(**tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
+        return _WindowAttention.apply(qkv, table, norm_weight, window, shift)
+    return _forward(qkv, table, norm_weight, window, shift)

@@ -4,6 +4,9 @@ Per window and head (equation 2; legend: M*M tokens a window, d channels, heads 
 
     S = q k^T head_dim^-0.5 + bias[query - key] + mask,   P = softmax(S),   out = P v
 
+With QK_NORM q and k are first normed over their channels, q r w with r = (mean_d q^2 + eps)^-0.5, in fp32 and
+rounded to their dtype before the product, as a norm of its own would leave them.
+
 A kernel reads q, k and v where the projection left them, in `qkv (B, H, W, 3d)`, and writes `(B, H, W, d)`.
 The cyclic shift and the cut into windows are the order in which it does so: a window's slot i is the token at
 
@@ -89,6 +92,42 @@ def _bias(  # type: ignore[no-untyped-def]  # kernel
 
 
 @jit
+def _norm_weights(  # type: ignore[no-untyped-def]  # kernel
+    weight_ptr, lane, HEAD_DIM: tl.constexpr, QK_NORM: tl.constexpr
+):
+    """The weights (1, BLOCK_D) of the queries' norm and of the keys', in fp32."""
+    if QK_NORM:
+        in_head = lane < HEAD_DIM
+        q_weight = tl.load(weight_ptr + lane, mask=in_head, other=0.0).to(tl.float32)
+        k_weight = tl.load(weight_ptr + HEAD_DIM + lane, mask=in_head, other=0.0).to(tl.float32)
+        return q_weight[None, :], k_weight[None, :]
+    else:
+        return 0.0, 0.0
+
+
+@jit
+def _load_normed(  # type: ignore[no-untyped-def]  # kernel
+    ptrs, mask, weight, eps, HEAD_DIM: tl.constexpr, QK_NORM: tl.constexpr
+):
+    """Queries or keys x (BLOCK_T, BLOCK_D) as the logits take them; for the gradient x r and r, in fp32."""
+    x = tl.load(ptrs, mask=mask, other=0.0)
+    if QK_NORM:
+        x32 = x.to(tl.float32)
+        r = 1.0 / tl.sqrt(tl.sum(x32 * x32, axis=1) / HEAD_DIM + eps)[:, None]
+        unit = x32 * r
+        return (unit * weight).to(x.dtype), unit, r
+    else:
+        return x, 0.0, 0.0
+
+
+@jit
+def _norm_grad(dnormed, weight, unit, r, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]  # kernel
+    """The gradient of x, of that of x r w: r (g - x r mean_d(g x r)), g = w dnormed."""
+    g = dnormed * weight
+    return r * (g - unit * (tl.sum(g * unit, axis=1) / HEAD_DIM)[:, None])
+
+
+@jit
 def _exp_logits(  # type: ignore[no-untyped-def]  # kernel
     q, k, bias, region, scale, SHIFTED: tl.constexpr
 ):
@@ -107,11 +146,13 @@ def _exp_logits(  # type: ignore[no-untyped-def]  # kernel
 def window_attention_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     qkv_ptr,  # (batch, height, width, 3 * HEADS * HEAD_DIM)
     table_ptr,  # ((2 TABLE_WINDOW - 1)^2, HEADS)
+    weight_ptr,  # (2, HEAD_DIM), with QK_NORM
     out_ptr,  # (batch, height, width, HEADS * HEAD_DIM)
     num_windows,  # of the batch
     height,
     width,
     scale,  # head_dim^-0.5 log2(e)
+    eps,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW_ROWS: tl.constexpr,
@@ -121,6 +162,7 @@ def window_attention_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     TABLE_WINDOW: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    QK_NORM: tl.constexpr,
 ):
     D: tl.constexpr = HEADS * HEAD_DIM
     TOKENS: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
@@ -133,14 +175,15 @@ def window_attention_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     lane = tl.arange(0, BLOCK_D)
     mask = in_window[:, None] & (lane < HEAD_DIM)[None, :]
     channel = head * HEAD_DIM + lane
+    q_weight, k_weight = _norm_weights(weight_ptr, lane, HEAD_DIM, QK_NORM)
 
     for window in range(program // HEADS, num_windows, chunks):
         batch, token, region = _window(
             window, height, width, WINDOW_ROWS, WINDOW_COLUMNS, SHIFT_ROWS, SHIFT_COLUMNS, BLOCK_T
         )
         q_ptrs = qkv_ptr + batch * (height * width * 3 * D) + (token[:, None] * (3 * D) + channel[None, :])
-        q = tl.load(q_ptrs, mask=mask, other=0.0)
-        k = tl.load(q_ptrs + D, mask=mask, other=0.0)
+        q, _, _ = _load_normed(q_ptrs, mask, q_weight, eps, HEAD_DIM, QK_NORM)
+        k, _, _ = _load_normed(q_ptrs + D, mask, k_weight, eps, HEAD_DIM, QK_NORM)
         v = tl.load(q_ptrs + 2 * D, mask=mask, other=0.0)
         p = _exp_logits(q, k, bias, region, scale, SHIFTED)
         out = tl.dot(p.to(v.dtype), v, input_precision="tf32x3") / tl.sum(p, axis=1)[:, None]
@@ -152,13 +195,16 @@ def window_attention_fwd_kernel(  # type: ignore[no-untyped-def]  # kernel
 def window_attention_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     qkv_ptr,  # (batch, height, width, 3 * HEADS * HEAD_DIM)
     table_ptr,  # ((2 TABLE_WINDOW - 1)^2, HEADS)
+    weight_ptr,  # (2, HEAD_DIM), with QK_NORM
     dout_ptr,  # (batch, height, width, HEADS * HEAD_DIM)
     dqkv_ptr,  # (batch, height, width, 3 * HEADS * HEAD_DIM)
     dbias_ptr,  # (chunks, HEADS, BLOCK_T, BLOCK_T)
+    dweight_ptr,  # (chunks, HEADS, 2, HEAD_DIM), with QK_NORM
     num_windows,  # of the batch
     height,
     width,
     scale,  # head_dim^-0.5 log2(e)
+    eps,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW_ROWS: tl.constexpr,
@@ -168,6 +214,7 @@ def window_attention_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     TABLE_WINDOW: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    QK_NORM: tl.constexpr,
 ):
     D: tl.constexpr = HEADS * HEAD_DIM
     TOKENS: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
@@ -177,10 +224,13 @@ def window_attention_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     chunks = tl.num_programs(0) // HEADS
     bias = _bias(table_ptr, head, HEADS, WINDOW_COLUMNS, TABLE_WINDOW, TOKENS, BLOCK_T)
     dbias = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+    dq_weight = tl.zeros((BLOCK_D,), tl.float32)
+    dk_weight = tl.zeros((BLOCK_D,), tl.float32)
     in_window = tl.arange(0, BLOCK_T) < TOKENS
     lane = tl.arange(0, BLOCK_D)
     mask = in_window[:, None] & (lane < HEAD_DIM)[None, :]
     channel = head * HEAD_DIM + lane
+    q_weight, k_weight = _norm_weights(weight_ptr, lane, HEAD_DIM, QK_NORM)
 
     for window in range(program // HEADS, num_windows, chunks):
         batch, token, region = _window(
@@ -188,8 +238,8 @@ def window_attention_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         )
         q_offsets = token[:, None] * (3 * D) + channel[None, :]
         q_ptrs = qkv_ptr + batch * (height * width * 3 * D) + q_offsets
-        q = tl.load(q_ptrs, mask=mask, other=0.0)
-        k = tl.load(q_ptrs + D, mask=mask, other=0.0)
+        q, q_unit, q_r = _load_normed(q_ptrs, mask, q_weight, eps, HEAD_DIM, QK_NORM)
+        k, k_unit, k_r = _load_normed(q_ptrs + D, mask, k_weight, eps, HEAD_DIM, QK_NORM)
         v = tl.load(q_ptrs + 2 * D, mask=mask, other=0.0)
         dout_ptrs = dout_ptr + batch * (height * width * D) + (token[:, None] * D + channel[None, :])
         dout = tl.load(dout_ptrs, mask=mask, other=0.0)
@@ -207,14 +257,24 @@ def window_attention_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         dlogits *= scale * 0.6931471805599453  # back to head_dim^-0.5
         ds = dlogits.to(q.dtype)
         dq = tl.dot(ds, k, input_precision="tf32x3")
+        if QK_NORM:
+            dq_weight += tl.sum(dq * q_unit, axis=0)
+            dq = _norm_grad(dq, q_weight, q_unit, q_r, HEAD_DIM)
         tl.store(dq_ptrs, dq.to(dqkv_ptr.dtype.element_ty), mask=mask)
         dk = tl.dot(tl.trans(ds), q, input_precision="tf32x3")
+        if QK_NORM:
+            dk_weight += tl.sum(dk * k_unit, axis=0)
+            dk = _norm_grad(dk, k_weight, k_unit, k_r, HEAD_DIM)
         tl.store(dq_ptrs + D, dk.to(dqkv_ptr.dtype.element_ty), mask=mask)
 
     query = tl.arange(0, BLOCK_T)[:, None]
     key = tl.arange(0, BLOCK_T)[None, :]
     dbias_ptr += ((program // HEADS) * HEADS + head) * (BLOCK_T * BLOCK_T)
     tl.store(dbias_ptr + query * BLOCK_T + key, dbias)
+    if QK_NORM:
+        dweight_ptr += ((program // HEADS) * HEADS + head) * (2 * HEAD_DIM)
+        tl.store(dweight_ptr + lane, dq_weight, mask=lane < HEAD_DIM)
+        tl.store(dweight_ptr + HEAD_DIM + lane, dk_weight, mask=lane < HEAD_DIM)
 
 
 @jit

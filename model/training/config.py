@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from model.config import LaMambaConfig
+from model.architecture import Architecture, architecture_from_fields
 from model.messages import unknown_field
 from model.pretrained import default_model_dir
 
@@ -43,6 +43,7 @@ _INTEGERS = {  # and their least values
 }
 _CHOICES = {
     "learning_rate_schedule": ("constant", "cosine"),
+    "timestep_density": ("uniform", "logit_normal"),
     "compile": ("none", "block", "full"),
     "gpu_dtype": ("bfloat16", "float16"),
     "cuda_graph": (False, True),
@@ -70,7 +71,8 @@ class TrainConfig:
     data: str = PLACES
     """`places`, the views in the package, or a folder that `lamamba prepare-latents` wrote."""
     network: dict[str, Any] = field(default_factory=dict)
-    """Fields of LaMambaConfig; `preset: S|B|L|XL` may stand among them. `num_classes` follows from the data.
+    """Fields of LaMambaConfig, or with `kind: dit` of DiTConfig. `preset` may stand among them: S, B, L or
+    XL, of a DiT S/2 to XL/8. `num_classes` follows from the data.
     """
     num_views: int = 200_000
     """Views of `places` in the latents cache."""
@@ -100,6 +102,13 @@ class TrainConfig:
     """Steps from one update of the tracks to the next: each moves as many bytes as the EMA."""
     snapshot_every: int = 0
     """Images from one snapshot of the tracks, in fp16, to the next; 0: none."""
+    timestep_density: Literal["uniform", "logit_normal"] = "uniform"
+    """How often each timestep is trained on: equally, as in the paper, or by `logit_normal`."""
+    logit_normal: tuple[float, float] = (0.0, 1.0)
+    """Mean and standard deviation, above 0, of log(t / (T - t)) of the logit-normal density."""
+    min_snr_gamma: float = math.inf
+    """eps's error is weighted by min(SNR, gamma) / SNR (arXiv 2303.09556 has 5); inf leaves it, as the paper.
+    """
     seed: int = 0
     initial_weights: str | None = None
     """A model folder whose transformer the run starts from, with fresh optimizer moments."""
@@ -150,7 +159,7 @@ class TrainConfig:
             given = getattr(self, name)
             self._require(name, given is None or _is_text(given), f"{accepted}, or none,")
         is_mapping = isinstance(self.network, dict) and all(isinstance(key, str) for key in self.network)
-        self._require("network", is_mapping, "a mapping of LaMambaConfig's fields")
+        self._require("network", is_mapping, "a mapping of the network's fields")
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
             is_integer = isinstance(value, int) and not isinstance(value, bool)
@@ -158,7 +167,7 @@ class TrainConfig:
         for name in ("learning_rate", "state_every_s", "rank_timeout_s"):
             value = getattr(self, name)
             self._require(name, _is_number(value) and 0 < value < math.inf, "a finite number above 0")
-        for name in ("max_grad_norm", "stop_after_s"):
+        for name in ("max_grad_norm", "min_snr_gamma", "stop_after_s"):
             value = getattr(self, name)
             self._require(name, _is_number(value) and value > 0, "a number above 0, or inf,")
         value = self.weight_decay
@@ -169,6 +178,10 @@ class TrainConfig:
         is_valid = isinstance(betas, list | tuple) and len(betas) == 2 and all(map(_is_decay, betas))
         self._require("adam_betas", is_valid, "a pair of numbers from 0 to below 1")
         object.__setattr__(self, "adam_betas", tuple(betas))
+        shape = self.logit_normal
+        is_valid = isinstance(shape, list | tuple) and len(shape) == 2 and all(map(_is_finite, shape))
+        self._require("logit_normal", is_valid and shape[1] > 0, "a pair of numbers, the second above 0,")
+        object.__setattr__(self, "logit_normal", tuple(shape))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             is_choice = any(value == choice and type(value) is type(choice) for choice in choices)
@@ -231,13 +244,12 @@ class TrainConfig:
             return str(default_model_dir(256) / "vae")
         return self.autoencoder
 
-    def network_config(self, *, num_classes: int, downsampling: int, in_channels: int) -> LaMambaConfig:
+    def network_config(self, *, num_classes: int, downsampling: int, in_channels: int) -> Architecture:
         """The network for this data and autoencoder."""
         fields = dict(self.network)
         fields |= {"num_classes": fields.get("num_classes", num_classes), "in_channels": in_channels}
         fields |= {"sample_size": self.resolution // downsampling}
-        preset = fields.pop("preset", None)
-        return LaMambaConfig.preset(preset, **fields) if preset else LaMambaConfig.from_dict(fields)
+        return architecture_from_fields(fields)
 
     def changes_since(self, earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields (before, now) in which this run goes on otherwise than `earlier`, a `to_dict`, says.
@@ -268,6 +280,10 @@ def _is_number(value: object) -> bool:
 
 def _is_track(value: Any) -> bool:
     return _is_number(value) and 0 < value <= 12**-0.5
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
 
 
 def _is_decay(value: Any) -> bool:

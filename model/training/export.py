@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import LaMambaConfig
+from model.architecture import Architecture, architecture_from_fields
 from model.messages import one_line
 from model.model_folder import local_folder, save_model_folder
-from model.network.lamamba import LaMambaDiff, meta_network
+from model.network.kinds import new_network
 from model.preview import PREVIEW_FILE
 from model.training.averages import track_name
 from model.training.config import PLACES, TrainConfig
@@ -52,7 +51,7 @@ def export_run(
     of_a_state = images_seen is None or f"state-{images_seen:012d}" in names
     state = _find_state(output_dir, images_seen if of_a_state or sigma_rel is None else None)
     config = TrainConfig.from_dict(state.facts["run"]["config"])
-    architecture = LaMambaConfig.from_dict(state.facts["architecture"])
+    architecture = architecture_from_fields(state.facts["architecture"])
     if sigma_rel is None:
         kind = {"ema": "ema", "network": "network"}.get(weights)
         if kind is None:
@@ -65,7 +64,7 @@ def export_run(
     else:
         values, taken = average_of_length(output_dir / "snapshots", sigma_rel, images_seen=images_seen)
         described = f"power-function average, sigma_rel {sigma_rel:g}, of snapshots"
-    network = LaMambaDiff(**dataclasses.asdict(architecture))
+    network = new_network(architecture)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(values[name])
@@ -82,7 +81,8 @@ def export_run(
     if previews.is_file():
         shutil.copyfile(previews, target / PREVIEW_FILE)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    card = model_card(config, state, described, images_seen=taken, parameters=parameters, metrics=metrics)
+    kind = f"{type(network).__name__}, {parameters / 1e6:.2f} M parameters"
+    card = model_card(config, state, described, images_seen=taken, network=kind, metrics=metrics)
     (target / "README.md").write_text(card, encoding="utf-8")
     logger.info("exported %s after %d images", target, taken)
     return taken
@@ -105,14 +105,14 @@ def model_card(
     weights: str,
     *,
     images_seen: int,
-    parameters: int,
+    network: str,
     metrics: Mapping[str, Any] | None = None,
 ) -> str:
     """A card in the hub's format: what the model is, what it saw, and how it was measured."""
     facts = state.facts
     data = f"{config.num_views:,} views of `places`" if config.data == PLACES else f"`{config.data}`"
     rows = {
-        "network": f"LaMamba-Diff, {parameters / 1e6:.2f} M parameters",
+        "network": network,
         "weights": weights,
         "data": f"{data}, {len(facts['labels'])} classes, digest {facts['run']['data'][:12]}",
         "resolution": f"{config.resolution} px",
@@ -149,8 +149,10 @@ def _find_state(output_dir: Path, images_seen: int | None) -> SavedState:
     raise ValueError(f"images: {images_seen} given; the run has states of {', '.join(kept)} images")
 
 
-def _saved_weights(state: SavedState, kind: str, architecture: LaMambaConfig) -> dict[str, Tensor]:
-    shapes = {name: parameter.shape for name, parameter in meta_network(architecture).named_parameters()}
+def _saved_weights(state: SavedState, kind: str, architecture: Architecture) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        network = new_network(architecture)
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
     tensors = {f"{kind}/{name}": torch.empty(shape) for name, shape in shapes.items()}
     load_tensors(state, tensors)
     return {name: tensors[f"{kind}/{name}"] for name in shapes}

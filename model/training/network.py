@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.config import LaMambaConfig
+from model.architecture import Architecture
 from model.model_folder import load_network
-from model.network.lamamba import LaMambaDiff
-from model.network.macs import count_macs
+from model.network.kinds import DiffusionNetwork, network_macs, new_network
 from model.network.scan import resolve_scan_backend
 from model.training.config import TrainConfig
 
@@ -45,25 +43,25 @@ class TrainedNetwork:
         return module.requires_grad_(False)
 
 
-def build_network(config: TrainConfig, architecture: LaMambaConfig, device: torch.device) -> TrainedNetwork:
+def build_network(config: TrainConfig, architecture: Architecture, device: torch.device) -> TrainedNetwork:
     """With its initial weights: a function of the seed, or those of `initial_weights`.
 
     ValueError where the latter do not fit.
     """
     backend = resolve_scan_backend(config.scan_backend, device)
 
-    def placed(network: LaMambaDiff) -> LaMambaDiff:
+    def placed(network: DiffusionNetwork) -> DiffusionNetwork:
         nn.Module.to(network, device)  # torch's own: diffusers' warns at every cast
         network.use_scan_backend(backend)
         return network
 
-    def build() -> LaMambaDiff:
+    def build() -> DiffusionNetwork:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-            return placed(LaMambaDiff(**dataclasses.asdict(architecture))).eval()
+            return placed(new_network(architecture)).eval()
 
     if config.initial_weights is None:
         torch.manual_seed(config.seed)
-        network = LaMambaDiff(**dataclasses.asdict(architecture))
+        network = new_network(architecture)
     else:
         network = load_network(config.initial_weights)
         if network.architecture != architecture:
@@ -82,6 +80,6 @@ def build_network(config: TrainConfig, architecture: LaMambaConfig, device: torc
         module=placed(network).train(),
         null_label=architecture.num_classes,
         label_dropout=architecture.class_dropout_prob if architecture.num_classes else 0.0,
-        macs=lambda: count_macs(architecture).total,
+        macs=lambda: network_macs(architecture),
         build=build,
     )

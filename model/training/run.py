@@ -11,7 +11,6 @@ All that can be refused is refused before a device computes anything.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import logging
 import math
@@ -26,9 +25,9 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from model.config import LaMambaConfig
+from model.architecture import Architecture, architecture_fields
 from model.model_folder import write_json
-from model.network.lamamba import meta_network
+from model.network.kinds import network_parameters
 from model.preview import fit_preview_map, write_preview_map
 from model.progress import progress_display
 from model.stop_request import StopRequest
@@ -94,7 +93,7 @@ class _Run:
         self,
         config: TrainConfig,
         data: TrainingData,
-        architecture: LaMambaConfig,
+        architecture: Architecture,
         world: World,
         progress: Progress,
     ) -> None:
@@ -107,8 +106,8 @@ class _Run:
         }
         self.facts: dict[str, Any] = {
             "run": run,
-            "architecture": dataclasses.asdict(architecture),
-            "labels": list(data.labels),
+            "architecture": architecture_fields(architecture),
+            "labels": list(data.labels) if architecture.num_classes else [],
         }
         self.states = StateFolder(
             self.output_dir / "states",
@@ -323,9 +322,9 @@ def _require_installed(config: TrainConfig) -> None:
         raise ValueError("wandb: not installed; pip install 'lamamba[wandb]', or leave the field out")
 
 
-def _require_room(config: TrainConfig, architecture: LaMambaConfig, world: World) -> None:
+def _require_room(config: TrainConfig, architecture: Architecture, world: World) -> None:
     """ValueError where disk or memory cannot hold the run's state, whatever else it needs."""
-    parameters = sum(parameter.numel() for parameter in meta_network(architecture).parameters())
+    parameters = network_parameters(architecture)
     state_bytes = 4 * parameters * (4 + len(config.ema_tracks))  # weights, two moments, EMA
     folder = Path(config.output_dir).absolute()
     while not folder.exists():

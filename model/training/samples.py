@@ -13,7 +13,7 @@ from model.diffusion.schedule import NoiseSchedule
 from model.evaluation.pictures import spread
 from model.images import image_grid
 from model.model_folder import DEFAULT_GUIDANCE_SCALE, moved_network
-from model.network.lamamba import LaMambaDiff
+from model.network.kinds import DiffusionNetwork
 from model.pipeline import LaMambaPipeline
 
 __all__ = ["sample_grid"]
@@ -22,7 +22,7 @@ _NUM_IMAGES = 16
 
 
 def sample_grid(
-    network: LaMambaDiff,
+    network: DiffusionNetwork,
     autoencoder: Autoencoder,
     labels: Sequence[str],
     *,

@@ -53,7 +53,7 @@ class Trainer:
         self._rows = config.rank_batch_size(world.size)
         self._micro_rows = min(config.micro_batch_size or self._rows, self._rows)
         self._first_sample = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._objective = Objective(self.device)
+        self._objective = Objective(config, self.device)
         if world.mesh is not None:
             shard_network(network.module, world.mesh)
         self.capture(config.cuda_graph)

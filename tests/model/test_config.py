@@ -82,6 +82,7 @@ def test_the_symmetric_decoder_and_the_isotropic_layout() -> None:
         ({"class_dropout_prob": 1.5}, "class_dropout_prob: 1.5 given; 0 to 1 is accepted"),
         ({"vssm": "snake"}, "vssm: 'snake' given; one of ss2d_continuous, ss2d"),
         ({"attention": "local"}, "attention: 'local' given; one of shifted_window, window"),
+        ({"qk_norm": 1}, "qk_norm: 1 given; true or false is accepted"),
         ({"skip": "mul"}, "skip: 'mul' given; one of add, concat is accepted"),
         ({"layout": "vit"}, "layout: 'vit' given; one of unet, isotropic is accepted"),
         ({"num_downsamplings": 4}, "num_downsamplings: 4 given; one of 1, 2, 3 is accepted"),

@@ -403,6 +403,7 @@ def test_wrong_companions_are_refused_before_anything_is_written(tmp_path: Path)
             "attention: 'window' given; the authors' code has shifted_window or global",
         ),
         ({"skip": "concat"}, "skip: 'concat' given; the authors' code has add"),
+        ({"qk_norm": True}, "qk_norm: True given; the authors' code has False"),
         (
             {"num_downsamplings": 1, "depths": (1, 1, 1)},
             "num_downsamplings: 1 given; the authors' code has 2",

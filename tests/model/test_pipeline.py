@@ -12,14 +12,17 @@ import pytest
 import torch
 from diffusers import DiTPipeline
 from torch import Tensor
+from typer.testing import CliRunner
 
+from model.cli import app
 from model.diffusion.samplers import sampler_table
-from model.model_folder import read_model_index, save_model_folder
+from model.model_folder import add_guidance_network, read_model_index, save_model_folder
+from model.network.dit import DiT
 from model.network.lamamba import LaMambaDiff
 from model.pipeline import LaMambaPipeline
 from model.pretrained import default_model_dir
 from tests.fakes import fake_pipeline
-from tests.tiny_model import LABELS, save_tiny_model
+from tests.tiny_model import LABELS, save_autoguided_model, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,20 @@ def test_a_loaded_model_does_not_follow_its_files(folder: Path, tmp_path: Path) 
     assert torch.equal(pipeline.generate([1], seeds=[3], num_inference_steps=2), before)
 
 
+def test_a_dit_in_the_folder_samples_like_ours(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = DiT(sample_size=8, hidden_size=16, num_layers=1, num_heads=2, num_classes=3)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_model_folder(tmp_path, network=network, autoencoder=folder / "vae", labels=LABELS, name="peer")
+    loaded = LaMambaPipeline.load(tmp_path, device="cpu")
+    assert (loaded.num_classes, loaded.latent_shape, loaded.scan_backend) == (3, (4, 8, 8), "none")
+    images = loaded.generate([0, 1], seeds=[3, 3], num_inference_steps=2)
+    assert images.shape == (2, 16, 16, 3)
+    assert not torch.equal(*images)
+    assert isinstance(DiTPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False).transformer, DiT)
+
+
 def test_a_diffusers_pipeline_loads_the_folder(folder: Path) -> None:
     loaded = DiTPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
     assert isinstance(loaded.transformer, LaMambaDiff)
@@ -78,6 +95,71 @@ def test_generate_gives_an_image_the_same_alone_as_in_a_batch(
     # Sums run in another order in another batch: at most the last bit of a channel.
     assert int((crowd[2].int() - alone[0].int()).abs().max()) <= 1
     assert not torch.equal(crowd[1], crowd[3])
+
+
+def test_a_model_with_a_guidance_network_steps_away_from_that(
+    folder: Path, pipeline: LaMambaPipeline, tmp_path: Path
+) -> None:
+    autoguided = LaMambaPipeline.load(save_autoguided_model(tmp_path / "other"), device="cpu")
+    assert autoguided.weights_hash != pipeline.weights_hash
+    arguments: dict[str, Any] = {"class_labels": [1], "seeds": [3], "num_inference_steps": 3}
+    images = [p.sample_latents(guidance_scale=4.0, **arguments) for p in (pipeline, autoguided)]
+    assert not torch.equal(*images)
+    images = [p.sample_latents(guidance_scale=1.0, **arguments) for p in (pipeline, autoguided)]
+    assert torch.equal(*images)  # unguided, it is not asked
+    with_itself = tmp_path / "itself"
+    shutil.copytree(folder, with_itself)
+    add_guidance_network(with_itself, folder)
+    itself = LaMambaPipeline.load(with_itself, device="cpu", num_row_threads=2)
+    images = [p.sample_latents(guidance_scale=s, **arguments) for p, s in ((itself, 4.0), (pipeline, 1.0))]
+    torch.testing.assert_close(*images, rtol=0, atol=1e-4)  # from what is equal no scale steps away
+
+
+def test_fixed_rows_of_an_autoguided_model_are_each_networks(tmp_path: Path) -> None:
+    loaded = LaMambaPipeline.load(save_autoguided_model(tmp_path), device="cpu", fixed_rows=4)
+    assert (loaded.num_rows(3, 2), loaded.num_rows(5, 0), loaded.num_rows(5, 5)) == (8, 8, 16)
+    arguments: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    crowd = loaded.sample_latents([0, 1, 2], seeds=[1, 2, 3], **arguments)
+    assert torch.equal(loaded.sample_latents([2], seeds=[3], **arguments), crowd[2:])
+
+
+def test_the_command_adds_a_guidance_network(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    done = CliRunner().invoke(app, ["add-guidance", str(copy), str(folder)])
+    assert done.output == f"{copy}: guided by {folder}\n"
+    assert read_model_index(copy).has_guidance_network
+    missing = CliRunner().invoke(app, ["add-guidance", str(tmp_path / "none"), str(folder)])
+    assert (missing.exit_code, "no such model folder" in missing.output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_classes": 2}, "the guidance network's num_classes is 2; the model's, 3, is accepted"),
+        ({"sample_size": 16}, "the guidance network's sample_size is 16; the model's, 8, is accepted"),
+    ],
+    ids=["classes", "size"],
+)
+def test_a_guidance_network_must_fit_the_model(
+    folder: Path, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    network = LaMambaDiff(**{"sample_size": 8, "hidden_size": 8, "num_heads": 2, "num_classes": 3} | config)
+    network.save_pretrained(tmp_path / "small" / "transformer")
+    with pytest.raises(ValueError, match=message):
+        add_guidance_network(copy, tmp_path / "small")
+    assert not read_model_index(copy).has_guidance_network
+    shutil.copytree(tmp_path / "small" / "transformer", copy / "guidance_transformer")
+    index = json.loads((copy / "model_index.json").read_text())
+    index["lamamba"]["guidance_network"] = True
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        LaMambaPipeline.load(copy, device="cpu")
+    shutil.rmtree(copy / "guidance_transformer")
+    with pytest.raises(ValueError, match="guidance_transformer: the network cannot be loaded"):
+        LaMambaPipeline.load(copy, device="cpu")
 
 
 def test_generate_splits_into_batches_and_reports_each_step(pipeline: LaMambaPipeline) -> None:

@@ -25,16 +25,16 @@ from service.metrics import Metrics
 from service.model_loading import ModelSource, load_pipeline, rows_of_calls
 from service.settings import Settings
 from tests.service.engine_requests import TOLERANCE, images
-from tests.tiny_model import LABELS, save_tiny_model
+from tests.tiny_model import LABELS, save_autoguided_model, save_tiny_model
 
 NUM_MIXES = 50
 MAX_ROWS = 8
+BLOCKS: dict[str, Any] = {"layout": "isotropic", "depths": [2], "bottleneck_depth": 0, "hidden_size": 32}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    blocks = {"layout": "isotropic", "depths": [2], "bottleneck_depth": 0, "hidden_size": 32}
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"), **blocks)
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), **BLOCKS)
 
 
 def random_request(rng: random.Random, index: int) -> GenerationRequest:
@@ -96,10 +96,10 @@ class MixedEngine:
             sampler=request.sampler,
         )
 
-    def differences(self) -> tuple[list[float], list[int]]:
+    def differences(self, num_mixes: int = NUM_MIXES) -> tuple[list[float], list[int]]:
         """Of each mix: the largest of the latents, and the largest of the pixels in steps of 1/255."""
         of_latents, of_pixels = [], []
-        for seed in range(NUM_MIXES):
+        for seed in range(num_mixes):
             rng = random.Random(seed)
             wanted = random_request(rng, 0)
             latents, pixels = self.made_among_others(rng, wanted)
@@ -118,8 +118,8 @@ def engine_of(folder: Path) -> Iterator[MixedEngineFactory]:
     """Makes engines of the model, loaded with options, and stops them at the end of the test."""
     made: list[MixedEngine] = []
 
-    def make(**options: Any) -> MixedEngine:
-        made.append(MixedEngine(LaMambaPipeline.load(folder, **options)))
+    def make(model: Path = folder, **options: Any) -> MixedEngine:
+        made.append(MixedEngine(LaMambaPipeline.load(model, **options)))
         return made[-1]
 
     yield make
@@ -131,6 +131,14 @@ def test_an_image_among_others_is_the_one_alone(engine_of: MixedEngineFactory) -
     of_latents, of_pixels = engine_of(device="cpu").differences()
     assert max(of_pixels) <= TOLERANCE
     assert max(of_latents) > 0  # else the next test would show nothing
+
+
+def test_an_image_of_an_autoguided_model_among_others_is_the_one_in_process(
+    engine_of: MixedEngineFactory, tmp_path: Path
+) -> None:
+    model = save_autoguided_model(tmp_path, **BLOCKS)
+    _, of_pixels = engine_of(model, device="cpu").differences(num_mixes=10)
+    assert max(of_pixels) <= TOLERANCE
 
 
 def test_with_fixed_rows_an_image_among_others_is_the_one_alone_to_the_bit(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.benchmark.networks import EmbeddedOnce, build_dit, build_lamamba, dit_macs, twin
+from model.benchmark.networks import EmbeddedOnce, build_dit, build_lamamba, twin
 from model.network.scan import resolve_scan_backend
 
 CPU = torch.device("cpu")
@@ -18,11 +18,6 @@ def test_dit_xl_2_has_its_papers_parameters() -> None:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     position_table = 256 * 1152  # a fixed table, which the paper's code counts
     assert parameters + position_table == pytest.approx(675.13e6, rel=1e-4)
-
-
-@pytest.mark.parametrize(("side", "published"), [(32, 118.64e9), (64, 524.60e9)])
-def test_dit_macs_meet_the_published_ones(side: int, published: float) -> None:
-    assert dit_macs("XL", side)["total"] == pytest.approx(published, rel=2e-4)
 
 
 def test_one_embedding_computes_the_same() -> None:

@@ -124,3 +124,25 @@ def test_loss_tables_move_together(tables: LossTables) -> None:
     moved = tables.to("meta")
     assert all(table.device.type == "meta" for table in vars(moved).values())
     assert tables.sqrt_abar.device.type == "cpu"
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5.0])
+def test_diffusion_loss_by_min_snr_bounds_the_weight_of_x0s_error(
+    schedule: NoiseSchedule, tables: LossTables, gamma: float
+) -> None:
+    """min(SNR, gamma) times the error of x_0, whose values follow from the schedule's float64 tables."""
+    model_output, x0, x_t, noise, t = _inputs([0, 100, 300, 500, 999], tables)
+    alone = diffusion_loss(model_output[:, :4], x0, x_t, noise, t, tables, min_snr_gamma=gamma)
+    abar = torch.tensor(schedule.alphas_cumprod)[t]
+    snr = abar / (1 - abar)
+    eps = model_output[:, :4].double()
+    scales = [value.sqrt()[:, None, None, None] for value in (1 - abar, abar)]
+    x0_error = ((x_t.double() - scales[0] * eps) / scales[1] - x0).square().flatten(1).mean(1)
+    expected = torch.minimum(snr, torch.tensor(gamma)) * x0_error
+    torch.testing.assert_close(alone.loss.double(), expected, rtol=1e-4, atol=0)
+    result = diffusion_loss(model_output, x0, x_t, noise, t, tables, min_snr_gamma=gamma)
+    assert torch.equal(result.loss, alone.loss + result.vb)
+    plain = diffusion_loss(model_output, x0, x_t, noise, t, tables)
+    assert torch.equal(result.mse, plain.mse)
+    assert torch.equal(result.vb, plain.vb)
+    assert torch.equal(result.loss[-1], plain.loss[-1])  # SNR 4e-5 is below either gamma

@@ -115,6 +115,37 @@ def test_denoise_step_is_network_then_guidance_then_sampler(
     assert torch.equal(history, expected[1])
 
 
+def test_denoise_step_with_a_guidance_network_steps_away_from_it(schedule: NoiseSchedule) -> None:
+    """It sees the guided images alone, with their own labels, in its dtype; variances are the network's."""
+    network, guidance_network = _FakeNetwork(), _FakeNetwork(torch.float64, learn_sigma=False)
+    batch = _batch(schedule, [4.0, 1.0, 2.0, 1.0])
+    latents, history = denoise_step(network, batch, null_label=NULL_LABEL, guidance_network=guidance_network)
+    assert [len(call[0]) for call in network.calls] == [4]
+    [(hidden_states, timestep, class_labels)] = guidance_network.calls
+    assert torch.equal(hidden_states, batch.latents[[0, 2]].double())
+    assert torch.equal(timestep, batch.timesteps[[0, 2]])
+    assert torch.equal(class_labels, batch.class_labels[[0, 2]])
+    eps, v = network(batch.latents, batch.timesteps, batch.class_labels).sample.chunk(2, dim=1)
+    worse = guidance_network(hidden_states, timestep, class_labels).sample.float()
+    eps = eps.clone()
+    for guided, image in enumerate((0, 2)):
+        scale = batch.guidance_scale[image]
+        eps[image] = worse[guided] + scale * (eps[image] - worse[guided])
+    expected = sampler_step(batch.latents, eps, v, batch.history, batch.noise, batch.coefficients)
+    assert torch.equal(latents, expected[0])
+    assert torch.equal(history, expected[1])
+
+
+def test_denoise_step_without_guided_images_leaves_the_guidance_network_alone(
+    schedule: NoiseSchedule,
+) -> None:
+    guidance_network, batch = _FakeNetwork(), _batch(schedule, [1.0] * 4)
+    given = denoise_step(_FakeNetwork(), batch, null_label=NULL_LABEL, guidance_network=guidance_network)
+    assert not guidance_network.calls
+    expected = denoise_step(_FakeNetwork(), batch, null_label=NULL_LABEL)
+    assert all(torch.equal(*pair) for pair in zip(given, expected, strict=True))
+
+
 def test_denoise_step_of_an_image_is_the_same_in_any_batch(schedule: NoiseSchedule) -> None:
     batch = _batch(schedule, [4.0, 1.0, 2.0, 1.0])
     together = denoise_step(_FakeNetwork(), batch, null_label=NULL_LABEL)

@@ -27,10 +27,14 @@ def geometry_of(grid: tuple[int, int], window_size: int, attention: str = "shift
     ).double()
 
 
-def attention_module(window_size: int, *, shifted: bool) -> WindowAttention:
+def attention_module(window_size: int, *, shifted: bool, qk_norm: bool = False) -> WindowAttention:
     torch.manual_seed(0)
-    module = WindowAttention(WIDTH, num_heads=HEADS, window_size=window_size, shifted=shifted)
+    module = WindowAttention(
+        WIDTH, num_heads=HEADS, window_size=window_size, shifted=shifted, qk_norm=qk_norm
+    )
     torch.nn.init.normal_(module.relative_position_bias)
+    if module.qk_norm_weight is not None:
+        torch.nn.init.normal_(module.qk_norm_weight)
     return module.double().requires_grad_(False)
 
 
@@ -42,6 +46,11 @@ def token_by_token(module: WindowAttention, x: Tensor, window_size: int) -> Tens
         m // 2 if module.shifted and side > m else 0 for side, m in zip((height, width), window, strict=True)
     ]
     q, k, v = module.qkv(x).unflatten(-1, (3, HEADS, -1)).unbind(-3)  # (1, H, W, heads, head_dim)
+    if module.qk_norm_weight is not None:
+        q, k = (
+            part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+            for part, weight in zip((q, k), module.qk_norm_weight, strict=True)
+        )
     out = torch.empty_like(q)
     positions = [(row, column) for row in range(height) for column in range(width)]
     for query in positions:
@@ -61,11 +70,12 @@ def _window_of(position: tuple[int, int], window: tuple[int, int], shift: list[i
     return tuple((p - s) // m for p, m, s in zip(position, window, shift, strict=True))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_norm"])
 @pytest.mark.parametrize(("grid", "window_size", "shifted"), CASES.values(), ids=CASES)
 def test_window_attention_equals_its_definition(
-    grid: tuple[int, int], window_size: int, shifted: bool
+    grid: tuple[int, int], window_size: int, shifted: bool, qk_norm: bool
 ) -> None:
-    module = attention_module(window_size, shifted=shifted)
+    module = attention_module(window_size, shifted=shifted, qk_norm=qk_norm)
     x = torch.randn(1, *grid, WIDTH, dtype=torch.float64)
     given = module(x, geometry_of(grid, window_size))
     torch.testing.assert_close(given, token_by_token(module, x, window_size), rtol=0, atol=1e-12)

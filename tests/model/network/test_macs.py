@@ -90,6 +90,19 @@ def test_es2d_scans_a_quarter_of_the_tokens_a_direction() -> None:
     assert full == 4 * quarter
 
 
+def test_qk_norm_adds_its_weights_and_its_norms() -> None:
+    """Table by hand: S has 16 blocks, of 5 at 32x32x96, 5 at 16x16x192 and 6 at 8x8x384."""
+    plain, normed = (LaMambaConfig.preset("S", qk_norm=qk_norm) for qk_norm in (False, True))
+    elements = 5 * 32**2 * 96 + 5 * 16**2 * 192 + 6 * 8**2 * 384
+    weights = 2 * (5 * 96 + 5 * 192 + 6 * 384) // 8
+    assert count_parameters(normed) - count_parameters(plain) == weights
+    more = {
+        kind: getattr(count_macs(normed), kind) - value
+        for kind, value in dataclasses.asdict(count_macs(plain)).items()
+    }
+    assert more == {"linear": 0, "convolution": 0, "attention": 0, "norm": 2 * 4 * elements, "scan": 0}
+
+
 def test_describe_is_json_with_the_papers_figures() -> None:
     config = LaMambaConfig.preset("XL")
     size = json.loads(json.dumps(describe(config)))

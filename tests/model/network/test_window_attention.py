@@ -35,7 +35,7 @@ from tests.triton_interpreter import interpret_kernels
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-NAMES = ("qkv", "table")
+NAMES = ("qkv", "table", "norm_weight")
 TOLERANCE = {  # relative RMS of the output and of each gradient
     torch.float32: 1e-5,  # products of three TF32 parts, 2**-22 each; order of sums; fast exp2
     # p and ds are rounded to 2**-9 before their products, then the results; the interpreter cuts them off
@@ -56,16 +56,23 @@ class Case:
     head_dim: int = 12
     window_size: int = 4
     shifted: bool = True
+    qk_norm: bool = False
 
     def module(self) -> WindowAttention:
         torch.manual_seed(0)
         width = self.num_heads * self.head_dim
         module = WindowAttention(
-            width, num_heads=self.num_heads, window_size=self.window_size, shifted=self.shifted
+            width,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            shifted=self.shifted,
+            qk_norm=self.qk_norm,
         )
         # The projections are torch's on both paths: left out, so that qkv and the gradients are the kernels'.
         module.qkv, module.proj = torch.nn.Identity(), torch.nn.Identity()
         torch.nn.init.normal_(module.relative_position_bias)
+        if module.qk_norm_weight is not None:
+            torch.nn.init.normal_(module.qk_norm_weight, mean=1.0, std=0.5)
         return module
 
     def geometry(self) -> GridGeometry:
@@ -97,10 +104,14 @@ CASES = {
     "window_of_64": Case(grid=(16, 16), window_size=8, head_dim=20),
     "head_dim_40": Case(grid=(8, 16), window_size=8, head_dim=40),
     "head_dim_80": Case(grid=(8, 8), window_size=8, head_dim=80, batch=3),
+    "qk_norm": Case(batch=3, qk_norm=True),
+    "qk_norm_odd_window": Case(grid=(9, 6), window_size=3, num_heads=3, head_dim=20, qk_norm=True),
 }
 GPU_CASES = {
     **CASES,
     "stage_1": Case(batch=33, grid=(32, 32), window_size=8, num_heads=16, head_dim=20),
+    "stage_1_qk_norm": Case(batch=33, grid=(32, 32), window_size=8, num_heads=16, head_dim=20, qk_norm=True),
+    "stage_3_qk_norm": Case(batch=33, grid=(8, 8), window_size=8, num_heads=16, head_dim=80, qk_norm=True),
     "stage_1_unshifted": Case(batch=8, grid=(32, 32), window_size=8, num_heads=16, shifted=False),
     "stage_2": Case(batch=33, grid=(16, 16), window_size=8, num_heads=16, head_dim=40),
     "stage_3": Case(batch=33, grid=(8, 8), window_size=8, num_heads=16, head_dim=80),
@@ -130,9 +141,7 @@ def assert_matches_reference(
     exact_qkv = qkv.detach().double().requires_grad_()
     expected = exact(exact_qkv, case.geometry().to(device).double())
     dout = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
-    expected_gradients = torch.autograd.grad(
-        expected, (exact_qkv, exact.relative_position_bias), dout.double()
-    )
+    expected_gradients = torch.autograd.grad(expected, (exact_qkv, *_weights(exact)), dout.double())
 
     assert window_attention.accepts(geometry.window or (0, 0), case.head_dim)
     module.use_kernels = True
@@ -140,12 +149,12 @@ def assert_matches_reference(
     torch.use_deterministic_algorithms(True)  # fills memory with NaN: what a kernel leaves out shows
     try:
         out = transform(module)(qkv, geometry)
-        gradients = torch.autograd.grad(out, (qkv, module.relative_position_bias), dout)
+        gradients = torch.autograd.grad(out, (qkv, *_weights(module)), dout)
     finally:
         torch.use_deterministic_algorithms(False)
     assert out.dtype == dtype
     errors = {"out": relative_rms(out, expected)}
-    for name, gradient, exact_gradient in zip(NAMES, gradients, expected_gradients, strict=True):
+    for name, gradient, exact_gradient in zip(NAMES, gradients, expected_gradients, strict=False):
         assert gradient.dtype == dtype
         # One key a query: the softmax is constant, and the gradient of its logits nothing but rounding.
         if exact_gradient.norm() > 0:
@@ -153,6 +162,10 @@ def assert_matches_reference(
         else:
             assert gradient.abs().max() == 0
     assert max(errors.values()) <= tolerance, errors
+
+
+def _weights(module: WindowAttention) -> list[Tensor]:
+    return list(module.parameters())
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -163,7 +176,7 @@ def test_window_attention_matches_reference(case: Case) -> None:
 
 @pytest.mark.usefixtures("interpreted")
 @parametrize_dtypes(torch.bfloat16, torch.float16)
-@pytest.mark.parametrize("name", ["shifted", "one_window"])
+@pytest.mark.parametrize("name", ["shifted", "one_window", "qk_norm"])
 def test_window_attention_reads_short_dtypes(name: str, dtype: torch.dtype) -> None:
     assert_matches_reference(CASES[name], "cpu", dtype, INTERPRETER_TOLERANCE[dtype])
 
@@ -211,7 +224,11 @@ def test_window_attention_takes_a_table_of_another_dtype() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_window_attention_rejects_dtypes_it_cannot_read(name: str) -> None:
-    tensors = {"qkv": torch.zeros(1, 4, 4, 6), "table": torch.zeros(49, 2)}
+    tensors = {
+        "qkv": torch.zeros(1, 4, 4, 6),
+        "table": torch.zeros(49, 2),
+        "norm_weight": torch.ones(2, 1),
+    }
     tensors[name] = tensors[name].double()
     with pytest.raises(ValueError, match=f"{name}: torch.float64 given"):
         window_attention.window_attention(**tensors, window=(4, 4), shift=(0, 0))
@@ -226,7 +243,7 @@ def test_windows_too_large_for_the_kernels_stay_torchs() -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("name", ["shifted", "odd_window"])
+@pytest.mark.parametrize("name", ["shifted", "qk_norm_odd_window"])
 def test_window_attention_traces_without_graph_breaks(name: str) -> None:
     """The operators' fakes have the shapes and dtypes that the kernels return."""
     assert_matches_reference(
