@@ -112,3 +112,16 @@ def test_initial_weights_are_those_of_dits_code() -> None:
             assert 0.95 * bound < linear.weight.abs().max() <= bound
     assert float(network.label_embed.embedding.weight.std()) == pytest.approx(0.02, rel=0.2)
     assert network_parameters(network.architecture) == sum(p.numel() for p in network.parameters())
+
+
+def test_blocks_add_up_in_fp32_under_autocast(network: DiT) -> None:
+    dtypes: list[torch.dtype] = []
+    hooks = [
+        block.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        for block in network.transformer.transformer_blocks
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        network(*_inputs())
+    for hook in hooks:
+        hook.remove()
+    assert dtypes == [torch.float32] * TINY["num_layers"]
