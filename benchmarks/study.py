@@ -26,9 +26,10 @@ import hashlib
 import json
 import logging
 import shutil
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ class Run:
 
     @property
     def _training(self) -> dict[str, Any]:
-        depends = {name: value for name, value in self.fields.items() if name not in ("name", "output_dir")}
+        config = TrainConfig.from_dict(self.fields).to_dict()  # with the defaults, which may change
+        depends = {name: value for name, value in config.items() if name not in ("name", "output_dir")}
         return depends | {"network": architecture_fields(self.architecture)}
 
     def config(self, work_dir: Path, *, stop_after_s: float) -> TrainConfig:
@@ -200,14 +202,8 @@ class Study:
         latents.mkdir(exist_ok=True)
         if not (folder / "latents").exists():
             (folder / "latents").symlink_to(latents.resolve(), target_is_directory=True)
-        started = time.monotonic()
-        config = run.config(self.work_dir, stop_after_s=deadline - started - LEAST_START_S / 2)
-        try:
-            return train(config, device=self.device) is not None
-        finally:
-            clock = folder / "seconds.json"
-            before = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else 0.0
-            write_json(clock, before + time.monotonic() - started)
+        limit_s = deadline - time.monotonic() - LEAST_START_S / 2
+        return train(run.config(self.work_dir, stop_after_s=limit_s), device=self.device) is not None
 
     def _measure(self, run: Run) -> None:
         """Add the row of a trained run, and throw its states away: they are 16 bytes a parameter."""
@@ -227,8 +223,8 @@ class Study:
             "gmacs": round(network_macs(architecture) / 1e9, 4),
             "images": run.fields["num_images"],
             "loss": lines[-1]["loss"],
-            "images_per_second": max(line["images_per_second"] for line in lines),
-            "training_seconds": round(json.loads((folder / "seconds.json").read_text()), 1),
+            "images_per_second": statistics.median(line["images_per_second"] for line in lines),
+            "training_seconds": round(step_seconds(lines), 1),
             "samples": run.evaluation | {"guidance_scale": 1.0, "weights": pipeline.weights_hash},
             "extractor": {"name": self.extractor.name, "weights": self.extractor.weights_hash},
             "autoencoder": pipeline.autoencoder.weights_hash[:12],
@@ -246,8 +242,8 @@ class Study:
         path = self.work_dir / f"{name}.safetensors"
         if not path.is_file():
             views = torch.cat([self._features(pixels) for pixels in self._views(0, num, size)])
-            statistics = feature_statistics(views)
-            tensors = {"mean": statistics.mean, "covariance": statistics.covariance}
+            found = feature_statistics(views)
+            tensors = {"mean": found.mean, "covariance": found.covariance}
             save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, path)
         tensors = load_file(path, device=str(self.device))
         reference = FeatureStatistics(count=num, mean=tensors["mean"], covariance=tensors["covariance"])
@@ -305,9 +301,18 @@ def feature_statistics(features: Tensor) -> FeatureStatistics:
     """Of features (n, d), on their device, where a distance is a matter of a GPU's seconds."""
     stream = StatisticsStream()
     stream.add(features)
-    statistics, device = stream.statistics(), features.device
+    found, device = stream.statistics(), features.device
     return FeatureStatistics(
-        mean=statistics.mean.to(device), covariance=statistics.covariance.to(device), count=statistics.count
+        mean=found.mean.to(device), covariance=found.covariance.to(device), count=found.count
+    )
+
+
+def step_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of a run's steps by its log, without what comes before, between and after them."""
+    seen = [0, *(line["images"] for line in lines)]
+    return sum(
+        (line["images"] - before) / line["images_per_second"]
+        for before, line in zip(seen[:-1], lines, strict=True)
     )
 
 

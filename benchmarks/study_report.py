@@ -69,7 +69,7 @@ def table(rows: Sequence[dict[str, Any]], recipes: Sequence[str] = ()) -> str:
                 lines.append(f"| other {FLOOR.replace('-', ' ')} | | | | {distances} | {mean:.2f} | | | |")
                 continue
             first = group[0]
-            speed = max(row["images_per_second"] for row in group)
+            speed = statistics.median(row["images_per_second"] for row in group)
             minutes = statistics.mean(row["training_seconds"] for row in group) / 60
             lines.append(
                 f"| {recipe} | {first['images']:,} | {first['parameters'] / 1e6:.2f} | {first['gmacs']:.2f} "

@@ -50,7 +50,11 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[TrainConfig
         if [other.output_dir for other in asked].count(config.output_dir) == 1:
             (folder / "states").mkdir()
             return None
-        (folder / "log.jsonl").write_text('{"images": 1000, "loss": 0.5, "images_per_second": 10.0}\n')
+        lines = [
+            {"images": 400, "loss": 0.7, "images_per_second": 20.0},
+            {"images": 1000, "loss": 0.5, "images_per_second": 10.0},
+        ]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return save_tiny_model(folder, labels)
 
     monkeypatch.setattr(module, "train", train)
@@ -72,7 +76,8 @@ def test_the_study_goes_on_where_it_stopped_and_repeats_nothing(
     assert [row["key"] for row in rows if row["recipe"] == RECIPES[0]] == [run.key for run in runs]
     assert [row["recipe"] for row in rows].count("reserved-views") == 1
     row = next(row for row in rows if row["recipe"] == RECIPES[0])
-    assert (row["loss"], row["images_per_second"], row["images"]) == (0.5, 10.0, 1000)
+    assert (row["loss"], row["images_per_second"], row["images"]) == (0.5, 15.0, 1000)
+    assert row["training_seconds"] == 400 / 20 + 600 / 10
     assert row["frechet_distance"] > 0
     assert row["standard_error"] > 0
     assert row["parameters"] == network_parameters(runs[0].architecture)
@@ -149,8 +154,13 @@ def test_the_table_sets_seeds_side_by_side_and_names_what_is_missing(tmp_path: P
     assert text[3] == "| imagenet-256-dit-s-2 | not run yet | | | | | | | 68.40 |"
     assert text[4] == "| other reserved views | | | | 3.00 ± 0.10 | 3.00 | | | |"
     assert {line.count("|") for line in text} == {10}
+
+
+def test_the_drawing_has_all_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [_row("imagenet-256-s", 0, 20.0), _row("imagenet-256-dit-s-2", 0, 30.0)]
     results = tmp_path / "study.json"
-    results.write_text(json.dumps({"rows": [*rows, _row("imagenet-256-dit-s-2", 0, 30.0)]}))
+    results.write_text(json.dumps({"rows": rows}))
     draw(results, ["imagenet-256-s"])
     assert "imagenet-256-dit-s-2" in (tmp_path / "study.md").read_text()
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
