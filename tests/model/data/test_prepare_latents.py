@@ -105,6 +105,7 @@ import time, torch
 from pathlib import Path
 from model.data.image_batches import DecodedImages
 from tests.model.data import test_prepare_latents as t
+torch.set_num_threads({torch.get_num_threads()})  # on which the order of a sum depends
 original = DecodedImages._batch
 def slow(self, span, decoded):
     if span.start >= 7:

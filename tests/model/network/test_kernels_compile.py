@@ -89,10 +89,12 @@ def test_selective_scan_with_wide_tiles_compiles(monkeypatch: pytest.MonkeyPatch
     triton_scan._backward(*inputs, states, torch.zeros_like(inputs[0], dtype=torch.float32))
 
 
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_norm"])
 @pytest.mark.parametrize("head_dim", [20, 80])
-def test_window_attention_compiles(head_dim: int) -> None:
+def test_window_attention_compiles(head_dim: int, qk_norm: bool) -> None:
     qkv = torch.zeros(1, 16, 16, 3 * 16 * head_dim, dtype=DTYPE)
-    arguments: tuple[Any, ...] = (qkv, torch.zeros(225, 16, dtype=DTYPE))
+    norm_weight = torch.ones(2, head_dim, dtype=DTYPE) if qk_norm else None
+    arguments: tuple[Any, ...] = (qkv, torch.zeros(225, 16, dtype=DTYPE), norm_weight)
     window, shift = (8, 8), (4, 4)
     out = window_attention._forward(*arguments, window, shift)
     window_attention._backward(*arguments, out, window, shift)
