@@ -1,9 +1,9 @@
 """Training recipes: TrainConfig's fields as YAML, known by name (`places-128`) or by path.
 
-A file holds one recipe, called as the file is, or under `recipes` several by name. A recipe may say in
-`summary` what it is for, and name another as its `base`, whose fields it has but for its own; those of
-`network` replace one by one. Its `name` is its own and its `output_dir` is `runs/NAME` where it does not say
-otherwise.
+A file holds one recipe, called as the file is; a file of the package may hold several by name instead, under
+`recipes`. A recipe may say in `summary` what it is for, and name another as its `base`, whose fields it has
+but for its own; those of `network` replace one by one. Its `name` is its own and its `output_dir` is
+`runs/NAME` where it does not say otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from model.messages import one_line
 
 __all__ = ["load_recipe", "recipe_names", "recipe_summaries"]
 
@@ -40,7 +42,7 @@ def recipe_summaries() -> dict[str, str]:
 def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> dict[str, Any]:
     """A recipe's fields with `key=value` overrides; `network.hidden_size=64` reaches into a nested field.
 
-    Raises ValueError for an unknown recipe or base, unreadable YAML, or an override without "=".
+    Raises ValueError for an unknown recipe or base, unreadable YAML, or an override other than key=YAML.
     """
     fields = _with_base(name_or_file, _packaged(), seen=())
     for override in overrides or []:
@@ -53,7 +55,12 @@ def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> dict[s
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ValueError(f"override: {key!r} given; {parent!r} has no fields of its own")
-        target[leaf] = yaml.load(value, _Loader)
+        try:
+            target[leaf] = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"override: {override!r} given, whose value is no YAML: {one_line(error)}"
+            ) from error
     return fields
 
 
@@ -89,7 +96,7 @@ def _read(path: Path) -> dict[str, Any]:
         names = ", ".join(recipe_names())
         raise ValueError(f"config: {str(path)!r} given; a file or one of {names} is accepted") from error
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"config: {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"config: {path} cannot be read: {one_line(error)}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"config: {path} holds no mapping of fields")
     return fields

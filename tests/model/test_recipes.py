@@ -141,9 +141,14 @@ def test_load_recipe_reads_a_file(tmp_path: Path) -> None:
             "config: 'places-1024' given; a file or one of imagenet-256-b, imagenet-256-dit-b-2",
         ),
         ("places-128", ["learning_rate"], "override: 'learning_rate' given; key=value is accepted"),
+        (
+            "places-128",
+            ["ema_tracks=[0.05"],
+            r"override: 'ema_tracks=\[0.05' given, whose value is no YAML: while parsing [^\n]+$",
+        ),
         ("places-128", ["name.first=a"], "'name' has no fields of its own"),
     ],
-    ids=["unknown", "no-equals", "scalar-parent"],
+    ids=["unknown", "no-equals", "broken-value", "scalar-parent"],
 )
 def test_load_recipe_refuses(name: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
