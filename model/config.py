@@ -95,10 +95,13 @@ class LaMambaConfig:
         _require_choice("layout", self.layout, ("unet", "isotropic"))
         _require_choice("num_downsamplings", self.num_downsamplings, (1, 2, 3))
         _require_choice("skip", self.skip, ("add", "concat"))
-        if not isinstance(self.qk_norm, bool):
-            raise ValueError(f"qk_norm: {self.qk_norm!r} given; true or false is accepted")
-        if not 0 <= self.class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob: {self.class_dropout_prob} given; 0 to 1 is accepted")
+        for field in ("learn_sigma", "conv_bias", "qk_norm"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field}: {getattr(self, field)!r} given; true or false is accepted")
+        probability = self.class_dropout_prob
+        is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
+        if not is_number or not 0 <= probability <= 1:
+            raise ValueError(f"class_dropout_prob: {probability!r} given; 0 to 1 is accepted")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size: {self.hidden_size} given; a multiple of 4 is accepted")
         if self.attention != "none" and self.hidden_size % self.num_heads:

@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
+from model.messages import unknown_field
+
 __all__ = ["DIT_PRESETS", "DiTConfig"]
 
 _SIZES = {
@@ -56,8 +58,12 @@ class DiTConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{field}: {value!r} given; an integer of at least {least} is accepted")
-        if not 0 <= self.class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob: {self.class_dropout_prob} given; 0 to 1 is accepted")
+        if not isinstance(self.learn_sigma, bool):
+            raise ValueError(f"learn_sigma: {self.learn_sigma!r} given; true or false is accepted")
+        probability = self.class_dropout_prob
+        is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
+        if not is_number or not 0 <= probability <= 1:
+            raise ValueError(f"class_dropout_prob: {probability!r} given; 0 to 1 is accepted")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size: {self.hidden_size} given; a multiple of 4 is accepted")
         if self.hidden_size % self.num_heads:
@@ -83,7 +89,7 @@ class DiTConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(fields) - set(known))
         if unknown:
-            raise ValueError(f"{unknown[0]}: unknown field; a DiT has {', '.join(known)}")
+            raise ValueError(unknown_field(unknown[0], known, "a DiT"))
         return cls(**fields)
 
     @property

@@ -40,6 +40,8 @@ def test_preset_is_the_published_size(
         ({"num_heads": 7}, "num_heads: 7 given; a divisor of hidden_size 384 is accepted"),
         ({"sample_size": 33}, "sample_size: 33 given; a multiple of 2 is accepted"),
         ({"class_dropout_prob": -0.1}, "class_dropout_prob: -0.1 given; 0 to 1 is accepted"),
+        ({"class_dropout_prob": "a"}, "class_dropout_prob: 'a' given; 0 to 1 is accepted"),
+        ({"learn_sigma": 1}, "learn_sigma: 1 given; true or false is accepted"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -53,10 +55,11 @@ def test_a_wrong_field_is_named_with_what_is_accepted(fields: dict[str, Any], me
     [
         ({"kind": "unet"}, "kind: 'unet' given; one of lamamba, dit is accepted"),
         ({"kind": "dit", "preset": "S"}, "preset: 'S' given; one of S/2, S/4"),
-        ({"kind": "dit", "d_state": 1}, "d_state: unknown field; a DiT has sample_size"),
+        ({"kind": "dit", "d_state": 1}, "d_state: unknown field of a DiT; it has sample_size"),
+        ({"kind": "dit", "heads": 1}, "heads: unknown field of a DiT; did you mean num_heads?"),
         ({"depths": [2], "heads": 1}, "heads: unknown field of the network; did you mean num_heads?"),
     ],
-    ids=["kind", "preset", "dit-field", "lamamba-field"],
+    ids=["kind", "preset", "dit-field", "dit-near", "lamamba-field"],
 )
 def test_architecture_from_fields_refuses(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
