@@ -178,11 +178,19 @@ def _images_below(folder: Path, name: str) -> Iterator[tuple[str, int]]:
 
 
 def _labelled_images(path: Path) -> Iterator[_Member]:
-    """The images of a tar file, with their labels."""
-    with tarfile.open(path, "r:") as tar:
+    """The images of a tar file, with their labels.
+
+    tarfile ends at a header that it cannot read as it does at the archive's end, which is two blocks of zeros
+    or the file's end.
+    """
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         key, image, label = "", None, None
         while True:
             member = tar.next()
+            if member is None:
+                file.seek(tar.offset)
+                if any(file.read(2 * tarfile.BLOCKSIZE)):
+                    raise tarfile.ReadError(f"neither a header nor the archive's end at byte {tar.offset}")
             if member is not None and not member.isfile():
                 continue
             folder, _, base = member.name.rpartition("/") if member else ("", "", "")
@@ -206,8 +214,8 @@ def _labelled_images(path: Path) -> Iterator[_Member]:
                     raise ValueError(f"source: {path}, {member.name} is a second image beside {image.name}")
                 image = member
             elif suffix in {"cls", "json"}:
-                file = tar.extractfile(member)
-                found = _label_of(file.read() if file else b"", suffix, f"{path}, {member.name}")
+                content = tar.extractfile(member)
+                found = _label_of(content.read() if content else b"", suffix, f"{path}, {member.name}")
                 label = found if label is None else label
 
 

@@ -146,5 +146,27 @@ def test_a_damaged_tar_is_refused(tmp_path: Path) -> None:
         open_image_source(path)
 
 
+@pytest.mark.parametrize("damage", ["letters", "zeros", "cut"])
+def test_a_tar_that_is_damaged_in_the_middle_is_refused(tmp_path: Path, damage: str) -> None:
+    """Its first images can be read; the others would be missing without a word."""
+    path = save_tar(tmp_path / "a.tar", [m for i in range(3) for m in labelled(str(i), jpeg(i), i)])
+    content = path.read_bytes()
+    header = content.index(b"1.jpg")  # a header begins with its member's name
+    block = {"letters": b"x" * 512, "zeros": bytes(512), "cut": content[header:][:100]}[damage]
+    rest = b"" if damage == "cut" else content[header + 512 :]
+    path.write_bytes(content[:header] + block + rest)
+    message = rf"a\.tar cannot be read as an uncompressed tar \(neither a header .* at byte {header}\)"
+    with pytest.raises(ValueError, match=message):
+        open_image_source(path)
+
+
+def test_a_tar_may_end_without_blocks_of_zeros(tmp_path: Path) -> None:
+    path = save_tar(tmp_path / "a.tar", labelled("0", jpeg(0), 0))
+    content = path.read_bytes()
+    num_blocks = -(-len(content.rstrip(b"\0")) // 512)  # the label's block is the last that is not zeros
+    path.write_bytes(content[: num_blocks * 512])
+    assert len(open_image_source(path)) == 1
+
+
 def test_class_ids_are_integers(tmp_path: Path) -> None:
     assert open_image_source(save_image_folder(tmp_path / "a", 1)).class_ids.dtype == np.int64
