@@ -191,7 +191,10 @@ class _Run:
                 shard = self._new_shard()
 
     def finish(self, stop: StopRequest) -> None:
-        """Wait for all shards; the first process then writes the index and the report."""
+        """Wait for all shards; the first process then writes the index and the report.
+
+        ValueError, on every process, where too many images are bad in all shards together.
+        """
         reported = time.monotonic()
         while not self._is_complete():
             if stop.received is not None:
@@ -279,6 +282,7 @@ class _Run:
     def _is_complete(self) -> bool:
         """Whether all shards are finished and, for all but the first process, whether the index is there."""
         self._read_records()
+        self._check_bad_share()  # here, not in the first process alone: the others would wait for its index
         is_complete = len(self.records) == self.num_shards
         return is_complete and (self.config.rank == 0 or (self.folder / INDEX_FILE).is_file())
 
@@ -294,18 +298,22 @@ class _Run:
             )
 
     def _check_bad_images(self, shard: _OpenShard, batch: ImageBatch) -> None:
-        """Report what could not be read; ValueError where it is too much."""
+        """Report what could not be read; ValueError where it is too much so far."""
         if not batch.bad_images:
             return
         with (self.folder / BAD_IMAGES_FILE).open("a", encoding="utf-8") as file:
             file.write(_report(batch.bad_images))
-        known = len(shard.bad_images) + sum(len(record.bad_images) for record in self.records.values())
+        self._check_bad_share(shard.bad_images)
+
+    def _check_bad_share(self, unfinished: Sequence[tuple[str, str]] = ()) -> None:
+        """ValueError for too many bad images in all finished shards, whoever made them, and `unfinished`."""
+        bad = [image for record in self.records.values() for image in record.bad_images] + list(unfinished)
         allowed = math.floor(self.config.max_bad_share * len(self.source))
-        if known > allowed:
-            name, reason = batch.bad_images[-1]
+        if len(bad) > allowed:
+            name, reason = bad[-1]
             raise ValueError(
                 f"max_bad_share: {self.config.max_bad_share:g} given, {allowed} of {len(self.source)} "
-                f"images; {known} cannot be read so far, {name} the last ({reason}); all are in "
+                f"images; {len(bad)} cannot be read so far, {name} the last ({reason}); all are in "
                 f"{self.folder / BAD_IMAGES_FILE}"
             )
 

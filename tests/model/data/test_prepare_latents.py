@@ -190,6 +190,24 @@ def test_too_many_bad_images_stop_the_work(tmp_path: Path, autoencoder: str) -> 
     assert not (tmp_path / "out" / INDEX_FILE).exists()
 
 
+def test_several_processes_together_keep_the_share_of_bad_images(tmp_path: Path, autoencoder: str) -> None:
+    """One bad image each, where one in all is allowed: none of them goes on, or waits for ever."""
+    root = save_image_folder(tmp_path / "train")
+    for synset in (SYNSETS[0], SYNSETS[2]):
+        (root / synset / "broken.jpg").write_bytes(b"no image")
+    fields: dict[str, Any] = {"shard_images": 7, "world_size": 2, "max_bad_share": 0.1}
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [
+            pool.submit(prepare, root, tmp_path / "out", autoencoder, rank=rank, **fields)
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            with pytest.raises(ValueError, match=r"0.1 given, 1 of 14 images; 2 cannot be read so far"):
+                rank.result(timeout=60)
+    assert len((tmp_path / "out" / BAD_IMAGES_FILE).read_text().splitlines()) == 2
+    assert not (tmp_path / "out" / INDEX_FILE).exists()
+
+
 def test_verify_makes_damaged_shards_again(
     tmp_path: Path, autoencoder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
