@@ -58,6 +58,8 @@ __all__ = [
     "write_scheduler",
 ]
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_GUIDANCE_SCALE = 2.5
 GPU_DTYPES = ("bfloat16", "float16", "float32")
 """The first where a model says nothing: its range is fp32's. float16 is eight times as exact and ends at
@@ -66,6 +68,7 @@ GPU_DTYPES = ("bfloat16", "float16", "float32")
 _LAMAMBA_KEY = "lamamba"
 _NETWORK_DIR = "transformer"
 _GUIDANCE_NETWORK_DIR = "guidance_transformer"
+_HASH_DIGITS = 12
 _REQUIRED_ENTRIES = ("_class_name", "transformer", "vae")
 
 
@@ -206,13 +209,22 @@ def load_guidance_network(folder: Path, network: DiffusionNetwork) -> DiffusionN
 def add_guidance_network(folder: Path, source: Path | str) -> None:
     """Make the network of the model folder `source` that of autoguidance in the model folder `folder`.
 
+    `source` may also be, or hold, a network alone, whose classes and latents nobody can tell then.
+
     Raises ValueError, before anything is written, where it does not fit.
     """
     read_model_index(folder)
     source = local_folder(source)
-    _check_guidance_network(source, load_network(source), load_network(folder))
+    network = load_network(folder)
+    _check_guidance_network(source, load_network(source), network)
+    if (source / "model_index.json").is_file():
+        _check_guidance_model(source, folder, network.architecture.num_classes)
     network_dir = source / _NETWORK_DIR if (source / _NETWORK_DIR).is_dir() else source
-    shutil.copytree(network_dir, folder / _GUIDANCE_NETWORK_DIR, dirs_exist_ok=True)
+    copy, target = folder / f".{_GUIDANCE_NETWORK_DIR}.tmp", folder / _GUIDANCE_NETWORK_DIR
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(network_dir, copy)
+    shutil.rmtree(target, ignore_errors=True)  # or files of an earlier network would stay among its own
+    copy.rename(target)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index[_LAMAMBA_KEY] = index.get(_LAMAMBA_KEY, {}) | {"guidance_network": True}
     with whole_file(folder / "model_index.json") as temporary:
@@ -230,6 +242,30 @@ def _check_guidance_network(
             raise ValueError(
                 f"{folder}: the guidance network's {field} is {value}; the model's, {accepted}, is accepted"
             )
+
+
+def _check_guidance_model(source: Path, folder: Path, num_classes: int) -> None:
+    """Refuse a guidance network of other classes or another autoencoder, as far as both folders say so."""
+    own, others = read_model_index(folder), read_model_index(source)
+    if own.id2label is not None and others.id2label is not None:
+        pairs = zip(own.labels(num_classes), others.labels(num_classes), strict=True)
+        for class_id, (accepted, label) in enumerate(pairs):
+            if label != accepted:
+                raise ValueError(
+                    f"{source}: the guidance network's class {class_id} is {label!r}; the model's, "
+                    f"{accepted!r}, is accepted"
+                )
+    if not all((path / "vae").is_dir() for path in (folder, source)):
+        return
+    given, accepted = (
+        load_autoencoder(path, device=torch.device("cpu"), dtype=torch.float32).weights_hash[:_HASH_DIGITS]
+        for path in (source, folder)
+    )
+    if given != accepted:
+        raise ValueError(
+            f"{source}: the guidance network's autoencoder has the hash {given}; the model's, {accepted}, "
+            "is accepted"
+        )
 
 
 def load_autoencoder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Autoencoder:
@@ -266,7 +302,7 @@ def weights_hash(folder: Path) -> str:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()[:_HASH_DIGITS]
 
 
 def save_model_folder(
@@ -315,7 +351,10 @@ def write_model_index(
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
     gpu_dtype: str = GPU_DTYPES[0],
 ) -> None:
-    """Write model_index.json: diffusers' entries, the labels, and our own under "lamamba"."""
+    """Write model_index.json: diffusers' entries, the labels, and our own under "lamamba".
+
+    A guidance network that is there goes: it was chosen for the weights that these replace.
+    """
     index = {
         "_class_name": "DiTPipeline",
         "_diffusers_version": "0.36.0",
@@ -326,6 +365,10 @@ def write_model_index(
         _LAMAMBA_KEY: {"name": name, "guidance_scale": guidance_scale, "gpu_dtype": gpu_dtype},
     }
     write_json(folder / "model_index.json", index)
+    guidance_network = folder / _GUIDANCE_NETWORK_DIR
+    if guidance_network.is_dir():
+        shutil.rmtree(guidance_network)
+        logger.warning("%s: removed, it guided the weights that were here before", guidance_network)
 
 
 def write_json(path: Path, value: Any) -> None:

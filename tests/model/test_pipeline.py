@@ -11,12 +11,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 from model.cli import app
 from model.diffusion.samplers import sampler_table
-from model.model_folder import add_guidance_network, read_model_index, save_model_folder
+from model.model_folder import (
+    add_guidance_network,
+    load_network,
+    read_model_index,
+    save_model_folder,
+    weights_hash,
+)
 from model.network.dit import DiT
 from model.network.lamamba import LaMambaDiff
 from model.pipeline import LaMambaPipeline
@@ -160,6 +167,47 @@ def test_a_guidance_network_must_fit_the_model(
     shutil.rmtree(copy / "guidance_transformer")
     with pytest.raises(ValueError, match="guidance_transformer: the network cannot be loaded"):
         LaMambaPipeline.load(copy, device="cpu")
+
+
+def test_a_guidance_network_is_of_the_models_classes_and_autoencoder(folder: Path, tmp_path: Path) -> None:
+    """As many classes in another order would be guided away from others; another's latents mean nothing."""
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    before = weights_hash(copy)
+    other = save_tiny_model(tmp_path / "other", labels=[LABELS[0], *LABELS[:0:-1]])
+    message = f"other/model: the guidance network's class 1 is '{LABELS[2]}'; the model's, '{LABELS[1]}', is"
+    with pytest.raises(ValueError, match=message):
+        add_guidance_network(copy, other)
+    index = json.loads((folder / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(index))
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(
+        ValueError, match=r"the guidance network's autoencoder has the hash \w{12}; the model"
+    ):
+        add_guidance_network(copy, other)
+    assert weights_hash(copy) == before
+    shutil.rmtree(other / "vae")  # of a network alone nobody can tell
+    add_guidance_network(copy, other)
+
+
+def test_a_guidance_network_replaces_another_and_goes_with_its_model(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy, guidance = tmp_path / "model", tmp_path / "model" / "guidance_transformer"
+    shutil.copytree(folder, copy)
+    add_guidance_network(copy, folder)
+    expected = weights_hash(copy)
+    shutil.copy(guidance / "diffusion_pytorch_model.safetensors", guidance / "of-2-00002.safetensors")
+    add_guidance_network(copy, folder)
+    assert weights_hash(copy) == expected
+    add_guidance_network(copy, guidance)  # itself
+    assert weights_hash(copy) == expected
+    assert sorted(path.name for path in copy.iterdir() if path.name[0] == ".") == []
+    network = load_network(folder)
+    save_model_folder(copy, network=network, autoencoder=folder / "vae", labels=LABELS, name="new")
+    assert not guidance.exists()
+    assert caplog.messages == [f"{guidance}: removed, it guided the weights that were here before"]
 
 
 def test_generate_splits_into_batches_and_reports_each_step(pipeline: LaMambaPipeline) -> None:
