@@ -14,6 +14,7 @@ __all__ = [
     "architecture_fields",
     "architecture_from_fields",
     "saved_architecture",
+    "saved_kind",
 ]
 
 Architecture = LaMambaConfig | DiTConfig
@@ -45,14 +46,16 @@ def architecture_fields(architecture: Architecture) -> dict[str, Any]:
     return {"kind": kind} | dataclasses.asdict(architecture)
 
 
-def saved_architecture(fields: dict[str, Any]) -> Architecture:
-    """The architecture of a saved network's config.json, whose further entries are diffusers' own.
-
-    One without a class name is LaMamba-Diff's.
-    """
+def saved_kind(fields: dict[str, Any]) -> type[LaMambaConfig] | type[DiTConfig]:
+    """Of which kind a saved network's config.json is; one without a class name is LaMamba-Diff's."""
     name = fields.get("_class_name", "LaMambaDiff")
     if name not in _CLASS_NAMES:
         raise ValueError(f"_class_name: {name!r} given; one of {', '.join(_CLASS_NAMES)} is accepted")
-    config = _CLASS_NAMES[name]
+    return _CLASS_NAMES[name]
+
+
+def saved_architecture(fields: dict[str, Any]) -> Architecture:
+    """The architecture of a saved network's config.json, whose further entries are diffusers' own."""
+    config = saved_kind(fields)
     own = {field.name for field in dataclasses.fields(config)}
     return config.from_dict({name: value for name, value in fields.items() if name in own})

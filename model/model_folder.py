@@ -30,6 +30,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from model.architecture import saved_kind
 from model.autoencoder import Autoencoder
 from model.diffusion.samplers import diffusers_scheduler_config
 from model.diffusion.schedule import NoiseSchedule
@@ -398,10 +399,7 @@ def _network_class(folder: Path) -> Any:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError("config.json is not an object")
-    name = config.get("_class_name", "LaMambaDiff")
-    if name not in NETWORK_CLASSES:
-        raise ValueError(f"its class is {name!r}; one of {', '.join(NETWORK_CLASSES)} is accepted")
-    return NETWORK_CLASSES[name]
+    return NETWORK_CLASSES[saved_kind(config)]
 
 
 def _check_weight_files(folder: Path) -> None:

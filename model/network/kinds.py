@@ -25,8 +25,11 @@ __all__ = [
 
 DiffusionNetwork = LaMambaDiff | DiT
 
-NETWORK_CLASSES: dict[str, type[LaMambaDiff] | type[DiT]] = {"LaMambaDiff": LaMambaDiff, "DiT": DiT}
-"""By the name of the class in a saved network's config.json."""
+NETWORK_CLASSES: dict[type[LaMambaConfig] | type[DiTConfig], type[LaMambaDiff] | type[DiT]] = {
+    LaMambaConfig: LaMambaDiff,
+    DiTConfig: DiT,
+}
+"""By the kind of architecture."""
 
 _PUBLISHED_DITS = {"S/2": (33, 6.06), "B/2": (130, 23.01), "L/2": (458, 80.71), "XL/2": (675, 118.64)}
 """Parameters in 1e6 and multiply-adds in 1e9 at 256 px that Table 2 prints."""
@@ -34,8 +37,7 @@ _PUBLISHED_DITS = {"S/2": (33, 6.06), "B/2": (130, 23.01), "L/2": (458, 80.71), 
 
 def new_network(architecture: Architecture) -> DiffusionNetwork:
     """With initial weights from torch's default generator."""
-    network_class = DiT if isinstance(architecture, DiTConfig) else LaMambaDiff
-    return network_class(**dataclasses.asdict(architecture))
+    return NETWORK_CLASSES[type(architecture)](**dataclasses.asdict(architecture))
 
 
 def network_parameters(architecture: Architecture) -> int:
