@@ -51,9 +51,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.scale_sim import Image, StepTimes, capacity, rows_of, simulate
 from benchmarks.soak import logged_answers
-from model.benchmark.environment import RESULTS, write_json
+from model.benchmark.environment import RESULTS
 from model.benchmark.plot import can_plot
 from model.pretrained import default_model_dir
+from model.whole_file import write_json
 from service.benchmark.arrivals import PlannedRequest, plan_requests
 from service.benchmark.command import progress_observer
 from service.benchmark.load import Outcome, Report, check_server, open_loop

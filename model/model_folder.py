@@ -38,7 +38,7 @@ from model.limits import GUIDANCE_SCALE_RANGE
 from model.messages import one_line
 from model.network.kinds import NETWORK_CLASSES, DiffusionNetwork, new_network
 from model.network.lamamba import LaMambaDiff
-from model.whole_file import whole_file
+from model.whole_file import write_json
 
 __all__ = [
     "DEFAULT_GUIDANCE_SCALE",
@@ -228,8 +228,7 @@ def add_guidance_network(folder: Path, source: Path | str) -> None:
     copy.rename(target)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index[_LAMAMBA_KEY] = index.get(_LAMAMBA_KEY, {}) | {"guidance_network": True}
-    with whole_file(folder / "model_index.json") as temporary:
-        write_json(temporary, index)
+    write_json(folder / "model_index.json", index)
 
 
 def _check_guidance_network(
@@ -370,11 +369,6 @@ def write_model_index(
     if guidance_network.is_dir():
         shutil.rmtree(guidance_network)
         logger.warning("%s: removed, it guided the weights that were here before", guidance_network)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON for people: indented, with a newline at the end."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _checked_id2label(path: Path, id2label: object) -> dict[str, str] | None:

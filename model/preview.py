@@ -22,7 +22,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from model.autoencoder import to_pixels
 from model.messages import one_line
-from model.model_folder import write_json
+from model.whole_file import write_json
 
 if TYPE_CHECKING:
     from model.pipeline import LaMambaPipeline

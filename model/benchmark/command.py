@@ -208,7 +208,7 @@ def bench_report(
             raise ValueError(f"out: none given for {len(files)} files; a path for all is accepted")
         content = contents[0] if out is None else join(contents)
     if out is not None:
-        from model.benchmark.environment import write_json
+        from model.whole_file import write_json
 
         write_json(out, content)
     _show(content, out or files[0])

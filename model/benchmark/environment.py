@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import torch
 
-from model.whole_file import whole_file
+from model.whole_file import write_json
 
 __all__ = ["RESULTS", "device_slug", "environment", "write_json", "write_results"]
 
@@ -58,14 +56,6 @@ def device_slug(device: torch.device) -> str:
 def write_results(name: str, results: Any, folder: Path = RESULTS) -> Path:
     """Write `results` beside the environment as `<folder>/<name>.json`."""
     return write_json(folder / f"{name}.json", {"environment": environment(), "results": results})
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return path
 
 
 def _command() -> str:

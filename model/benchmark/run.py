@@ -15,13 +15,14 @@ import torch
 
 from model.benchmark.ceilings import measure_ceilings
 from model.benchmark.config import BenchConfig
-from model.benchmark.environment import device_slug, environment, write_json
+from model.benchmark.environment import device_slug, environment
 from model.benchmark.forward import Forwards
 from model.benchmark.kernels import kernel_table
 from model.benchmark.networks import DTYPES
 from model.benchmark.scans import measure_scans
 from model.benchmark.summary import summary
 from model.device import make_current
+from model.whole_file import write_json
 
 __all__ = ["compile_cache", "run_model_benchmark"]
 

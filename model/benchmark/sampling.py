@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from model.autoencoder import Autoencoder, to_pixels
 from model.benchmark.config import LEVELS, PRESETS, Shape, architecture, dit_architecture
-from model.benchmark.environment import device_slug, environment, write_json
+from model.benchmark.environment import device_slug, environment
 from model.benchmark.forward import peer_name
 from model.benchmark.networks import DTYPES, EmbeddedOnce, build_dit, build_lamamba, optimize
 from model.benchmark.run import compile_cache
@@ -36,6 +36,7 @@ from model.diffusion.schedule import NoiseSchedule
 from model.diffusion.step import DenoisingNetwork, StepBatch, denoise_step
 from model.messages import one_line
 from model.network.scan import resolve_scan_backend
+from model.whole_file import write_json
 
 __all__ = ["ImagesConfig", "build_vae", "images_table", "run_images_benchmark"]
 

@@ -19,8 +19,7 @@ from safetensors.numpy import save
 
 from model.data.latent_shards import FORMAT, INDEX_FILE, VERSION
 from model.messages import one_line
-from model.model_folder import write_json
-from model.whole_file import whole_file
+from model.whole_file import whole_file, write_json
 
 __all__ = ["ShardRecord", "shard_file", "write_index", "write_shard"]
 
@@ -98,8 +97,7 @@ def write_shard(
         bad_images=[[name, reason] for name, reason in bad_images],
         made_from=made_from,
     )
-    with whole_file(_record_path(folder, number)) as temporary:
-        write_json(temporary, asdict(record))
+    write_json(_record_path(folder, number), asdict(record))
     return record
 
 
@@ -131,8 +129,7 @@ def write_index(
         "images_of_class": counts,
         "shards": shards,
     }
-    with whole_file(folder / INDEX_FILE) as temporary:
-        write_json(temporary, index)
+    write_json(folder / INDEX_FILE, index)
 
 
 def _record_path(folder: Path, number: int) -> Path:

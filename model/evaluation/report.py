@@ -17,8 +17,7 @@ from model.evaluation.features import FeatureExtractor
 from model.evaluation.measure import Measured, metrics
 from model.evaluation.ranks import Ranks
 from model.evaluation.sources import ImageSet, NpzImages
-from model.model_folder import write_json
-from model.whole_file import whole_file
+from model.whole_file import write_json
 
 __all__ = ["Report", "file_source", "require_enough_images", "shown"]
 
@@ -50,8 +49,7 @@ class Report:
         yield
         seconds = self.fields["seconds"][name] = round(time.perf_counter() - started, 2)
         if self.ranks.is_main:
-            with whole_file(self.path) as temporary:
-                write_json(temporary, self.fields)
+            write_json(self.path, self.fields)
             logger.info("%s: %.1f s", name, seconds)
 
     def add_metrics(

@@ -30,9 +30,8 @@ from model.evaluation.archive import Parts, write_archive
 from model.evaluation.features import HASH_DIGITS
 from model.evaluation.ranks import Ranks
 from model.evaluation.sources import NpzImages
-from model.model_folder import write_json
 from model.pipeline import LaMambaPipeline
-from model.whole_file import whole_file
+from model.whole_file import whole_file, write_json
 
 __all__ = ["CLASSES", "SampleFile", "SamplePlan", "require_disk_space"]
 
@@ -152,8 +151,7 @@ class SampleFile:
         self.check()
         least = min(_LEAST_PART, -(-self.plan.num // num_ranks))
         begun = self._begun() or self.record | {_PART_FIELD: batch_size * max(1, least // batch_size)}
-        with whole_file(self.path.with_suffix(".json")) as temporary:
-            write_json(temporary, begun)
+        write_json(self.path.with_suffix(".json"), begun)
         images_per_part = int(begun[_PART_FIELD])
         if self.is_made:
             return images_per_part, []

@@ -74,7 +74,8 @@ def bench_serve(
         own_options = serve_options or []
         if url is not None and own_options:
             raise ValueError(f"url: {url} given with {shlex.join(own_options)}; that server runs already")
-        from model.benchmark.environment import RESULTS, write_json
+        from model.benchmark.environment import RESULTS
+        from model.whole_file import write_json
         from service.benchmark.load import check_server
         from service.benchmark.plot import plot_run
         from service.benchmark.run import check_concurrency, facts, measure_open, measure_saturated

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from model.benchmark.environment import environment, write_json
+from model.benchmark.environment import environment
+from model.whole_file import write_json
 from service.benchmark.arrivals import burst_size, plan_requests
 from service.benchmark.load import Outcome, check_server, closed_loop, open_loop
 from service.benchmark.mix import MixEntry, mean_images

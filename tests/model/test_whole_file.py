@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model.whole_file import whole_file
+from model.whole_file import whole_file, write_json
 
 
 def test_whole_file_replaces_the_old_content_at_the_end(tmp_path: Path) -> None:
@@ -30,3 +30,13 @@ def test_whole_file_leaves_the_old_content_and_nothing_else_after_a_failure(tmp_
         write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_json_is_whole_or_not_at_all_and_ends_with_a_newline(tmp_path: Path) -> None:
+    path = tmp_path / "deeper" / "a.json"
+    assert write_json(path, {"a": [1]}) == path
+    assert path.read_text() == '{\n  "a": [\n    1\n  ]\n}\n'
+    before = path.read_text()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(path, {"a": Path()})
+    assert (path.read_text(), list(path.parent.iterdir())) == (before, [path])
