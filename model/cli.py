@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -19,6 +18,7 @@ from model.benchmark.command import bench_app
 from model.cli_prepare import PREPARE_EXAMPLES, prepare_latents_command
 from model.cli_sample import SAMPLE_EXAMPLES, sample
 from model.evaluation.command import EVALUATE_EXAMPLES, evaluate_command
+from model.launched import launched_rank
 from model.usage import usage_errors
 
 app = typer.Typer(
@@ -60,7 +60,8 @@ def train(
         ]
         typer.echo(_table(recipes))
         return
-    main = int(os.environ.get("RANK", "0")) == 0  # of torchrun's processes, the one that speaks
+    with usage_errors():
+        main = launched_rank() == 0  # of torchrun's processes, the one that speaks
     logging.basicConfig(
         level=logging.INFO if main else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )

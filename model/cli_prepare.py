@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from model.launched import launched_local_rank, launched_local_size, launched_rank, launched_world_size
 from model.usage import usage_errors
 
 __all__ = ["PREPARE_EXAMPLES", "prepare_latents_command"]
@@ -68,15 +68,7 @@ def prepare_latents_command(
             raise ValueError(f"labels: {labels} given; places has its own")
         if decode_threads is not None and decode_threads < 1:
             raise ValueError(f"decode_threads: {decode_threads} given; 1 or more is accepted")
-        rank, world_size, local_rank, local_size = (
-            int(os.environ.get(name, default))
-            for name, default in (
-                ("RANK", "0"),
-                ("WORLD_SIZE", "1"),
-                ("LOCAL_RANK", "0"),
-                ("LOCAL_WORLD_SIZE", "1"),
-            )
-        )
+        rank, world_size = launched_rank(), launched_world_size()
         from model.cpu_threads import available_cpu_threads
         from model.data.image_batches import DecodedImages, ImageBatches, PlacesViews
         from model.data.image_sources import open_image_source
@@ -96,7 +88,7 @@ def prepare_latents_command(
         )
         where = resolve_device(device)
         if world_size > 1 and where.type == "cuda":
-            where = resolve_device(f"cuda:{local_rank}")
+            where = resolve_device(f"cuda:{launched_local_rank()}")
         make_current(where)
         images: ImageBatches
         if source == _PLACES:
@@ -107,7 +99,7 @@ def prepare_latents_command(
                 open_image_source(Path(source), labels),
                 resolution=resolution,
                 device=where,
-                num_threads=decode_threads or max(1, available_cpu_threads() // local_size),
+                num_threads=decode_threads or max(1, available_cpu_threads() // launched_local_size()),
             )
         prepare_latents(
             images,

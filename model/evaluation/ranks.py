@@ -6,7 +6,6 @@ the devices. Files are exchanged through the folder of the outputs, which all ra
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from model.device import make_current, resolve_device
+from model.launched import launched_local_rank, launched_world_size
 
 __all__ = ["Ranks"]
 
@@ -36,7 +36,7 @@ class Ranks:
     @contextmanager
     def joined(cls) -> Iterator[Ranks]:
         """The ranks while the block runs; one without torchrun."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if launched_world_size() == 1:
             yield cls()
             return
         dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
@@ -54,7 +54,7 @@ class Ranks:
         """`given` as `resolve_device` reads it; several ranks on CUDA take the card of their number each."""
         device = resolve_device(given)
         if self.size > 1 and device.type == "cuda":
-            device = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+            device = resolve_device(f"cuda:{launched_local_rank()}")
         make_current(device)
         return device
 
