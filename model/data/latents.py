@@ -36,13 +36,6 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def sample(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Scaled latents `(batch_size, C, h, w)` fp32 and labels, by torch's default generator."""
-        index = torch.randint(len(self), (batch_size,), device=self.labels.device)
-        moments = self.moments[index].float()
-        noise = torch.randn_like(moments.chunk(2, dim=1)[0])
-        return self.autoencoder.latents(moments, noise), self.labels[index]
-
 
 def places_latents(
     places: Places,
