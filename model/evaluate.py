@@ -33,7 +33,7 @@ from model.evaluation.places_pictures import nearest_training_views, save_pictur
 from model.evaluation.ranks import Ranks
 from model.evaluation.report import Report, file_source, require_enough_images, shown
 from model.evaluation.samples import SampleFile, require_disk_space
-from model.evaluation.sources import ImageSet, NpzImages, PlacesViews, ReconstructedViews, first_pixels
+from model.evaluation.sources import ImageSet, NpzImages, RealViews, ReconstructedViews, first_pixels
 from model.pipeline import LaMambaPipeline
 from model.progress import progress_display
 
@@ -108,7 +108,7 @@ class Evaluation:
         """The guidance scale whose samples the pictures show: the nearest to the model's default."""
         return min(self.config.guidance_scales, key=lambda s: abs(s - self.pipeline.default_guidance_scale))
 
-    def _reference_views(self, places: Places) -> PlacesViews:
+    def _reference_views(self, places: Places) -> RealViews:
         if self.pipeline.labels != places.labels:
             raise ValueError(
                 f"model: {self.pipeline.name} has the classes {', '.join(self.pipeline.labels) or 'none'}; "
@@ -116,7 +116,7 @@ class Evaluation:
             )
         if self.config.classes != "balanced":
             raise ValueError(f"classes: {self.config.classes} given; balanced is accepted with places")
-        return PlacesViews(
+        return RealViews(
             places=places,
             first_id=RESERVED_VIEW_IDS,
             num=self.config.num,
@@ -174,10 +174,10 @@ class Evaluation:
                 judge=self.judge,
                 advance=self._advance("reference", images),
             )
-        if isinstance(images, PlacesViews):
+        if isinstance(images, RealViews):
             self._report_judge(reference)
             with self.report.part("real views"):
-                others = PlacesViews(
+                others = RealViews(
                     places=images.places,
                     first_id=images.first_id + images.num,
                     num=images.num,

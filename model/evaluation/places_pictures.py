@@ -16,7 +16,7 @@ from model.data.places import Places
 from model.evaluation.features import FeatureExtractor
 from model.evaluation.nearest import nearest_views
 from model.evaluation.pictures import class_grid, labelled_grid, save_picture, spread
-from model.evaluation.sources import PlacesViews, balanced_view_ids
+from model.evaluation.sources import RealViews, balanced_view_ids
 
 __all__ = ["nearest_training_views", "save_pictures"]
 
@@ -51,7 +51,7 @@ def nearest_training_views(
     """
     labels, size = places.labels, samples.shape[1]
     real = _rendered(places, balanced_view_ids(places, per_class), size)
-    training = PlacesViews(places=places, first_id=0, num=num, size=size)
+    training = RealViews(places=places, first_id=0, num=num, size=size)
     found = nearest_views(
         torch.cat([samples.to(real.device), real]), training.batches(range(num)), extractor=extractor
     )

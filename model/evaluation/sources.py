@@ -33,7 +33,7 @@ __all__ = [
     "FolderImages",
     "ImageSet",
     "NpzImages",
-    "PlacesViews",
+    "RealViews",
     "ReconstructedViews",
     "balanced_view_ids",
     "first_pixels",
@@ -61,7 +61,7 @@ class ImageSet(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacesViews:
+class RealViews:
     """Real views of places from `first_id` on, pixels on its device."""
 
     places: Places
@@ -93,7 +93,7 @@ class PlacesViews:
 class ReconstructedViews:
     """Views after the autoencoder (posterior means, decoded)."""
 
-    views: PlacesViews
+    views: RealViews
     autoencoder: Autoencoder
 
     @property

@@ -11,12 +11,12 @@ import torch
 from model.data.places import Places
 from model.evaluation.features import PlacesJudge
 from model.evaluation.judge import Confusion, Judge, train_judge
-from model.evaluation.sources import PlacesViews
+from model.evaluation.sources import RealViews
 
 
 def test_train_judge_learns_two_colours_and_is_saved_whole(two_colours: Places, tmp_path: Path) -> None:
     judge = train_judge(two_colours, num_views=512, batch_size=8)
-    views = PlacesViews(places=two_colours, first_id=2**40, num=32, size=32)
+    views = RealViews(places=two_colours, first_id=2**40, num=32, size=32)
     ((pixels, labels),) = views.batches(range(32))
     verdicts = judge.classify(pixels)
     assert (verdicts == labels).float().mean() > 0.9

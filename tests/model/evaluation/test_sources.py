@@ -11,7 +11,7 @@ from PIL import Image
 
 from model.data.places import RESERVED_VIEW_IDS, Places
 from model.evaluation.archive import mapped_array, write_archive
-from model.evaluation.sources import FolderImages, NpzImages, PlacesViews, balanced_view_ids, first_pixels
+from model.evaluation.sources import FolderImages, NpzImages, RealViews, balanced_view_ids, first_pixels
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_views_are_reserved_ones_and_balanced_ids_go_through_the_classes(places:
     ids = balanced_view_ids(places, per_class=3)
     assert places.views(ids).class_ids.tolist() == [0, 1, 0, 1, 0, 1]
     assert (ids >= RESERVED_VIEW_IDS).all()
-    views = PlacesViews(places=places, first_id=RESERVED_VIEW_IDS, num=4, size=16)
+    views = RealViews(places=places, first_id=RESERVED_VIEW_IDS, num=4, size=16)
     ((pixels, labels),) = views.batches(range(1, 4))
     images, expected = places.render(RESERVED_VIEW_IDS + torch.arange(1, 4), 16)
     assert torch.equal(labels, expected)
