@@ -70,13 +70,15 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         start = asyncio.create_task(runtime.start())
-        if load_first or pipelines is not None:
+        try:
+            if load_first or pipelines is not None:
+                await start
+            if load_first:
+                runtime.check_alive()
+            yield
             await start
-        if load_first:
-            runtime.check_alive()
-        yield
-        await start
-        await runtime.stop()
+        finally:
+            await runtime.stop()
 
     app = FastAPI(
         title="LaMamba",

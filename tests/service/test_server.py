@@ -333,8 +333,11 @@ def test_probes_that_answer_503_are_no_news(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_an_app_that_loads_first_is_ready_from_the_start_or_does_not_start(tmp_path: Path) -> None:
+    apps = []
+
     async def status(settings: Settings) -> int:
         app = create_app(settings, load_first=True)
+        apps.append(app)
         transport = httpx.ASGITransport(app=app)
         async with (
             app.router.lifespan_context(app),
@@ -346,3 +349,6 @@ def test_an_app_that_loads_first_is_ready_from_the_start_or_does_not_start(tmp_p
     assert asyncio.run(status(Settings(models=(str(folder),), device="cpu"))) == 200
     with pytest.raises(StartupError, match="no-such-folder: no such model folder"):
         asyncio.run(status(Settings(models=("./no-such-folder",), device="cpu")))
+    for app in apps:  # its threads end with it
+        with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+            app.state.runtime.encoders.submit(print)
