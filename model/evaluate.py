@@ -86,7 +86,8 @@ class Evaluation:
                 "weights": pipeline.weights_hash,
                 "autoencoder": pipeline.autoencoder.weights_hash[:HASH_DIGITS],  # as loaded, in `dtype`
                 "resolution": pipeline.resolution,
-                "parameters": sum(p.numel() for p in pipeline.network.parameters()),
+                # With autoguidance of both networks, as `weights`.
+                "parameters": sum(p.numel() for network in pipeline.networks for p in network.parameters()),
                 "dtype": str(pipeline.dtype).removeprefix("torch."),
                 "scan_backend": pipeline.scan_backend,
             },
@@ -153,7 +154,8 @@ class Evaluation:
 
     def _make_samples(self) -> None:
         if self.config.compile and not all(file.is_made for file in self.files.values()):
-            self.pipeline.network.compile(dynamic=False)
+            for network in self.pipeline.networks:
+                network.compile(dynamic=False)
         for scale, file in self.files.items():
             with self.report.part(f"guidance {scale:g}"):
                 file.make(

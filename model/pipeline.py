@@ -202,6 +202,11 @@ class LaMambaPipeline:
             guidance_network=guidance_network,
         )
 
+    @property
+    def networks(self) -> list[DiffusionNetwork]:
+        """The network, and that of autoguidance if there is one."""
+        return [self.network] if self.guidance_network is None else [self.network, self.guidance_network]
+
     @torch.inference_mode()
     def step_bytes(self, num_images: int) -> int:
         """Device memory that a step of so many images takes at once, guided where there are classes; on CUDA.

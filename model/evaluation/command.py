@@ -95,7 +95,7 @@ def evaluate_command(
             help="Network rows in a batch; guidance takes two an image. By default 1024 on CUDA, 32 on a CPU."
         ),
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the networks first.")] = False,
     device: Annotated[
         str | None,
         typer.Option(help="cuda, cuda:1 or cpu; by default CUDA if there, under torchrun a card a rank."),
@@ -111,6 +111,12 @@ def evaluate_command(
             raise ValueError("model, samples: exactly one of the two is accepted")
         if samples is not None and reference == _PLACES:
             raise ValueError("reference: places given; with samples an .npz or a folder is accepted")
+        if samples is not None and generate_only:
+            raise ValueError("generate_only: given with samples; with a model it is accepted")
+        if judge is not None and (samples is not None or reference != _PLACES or generate_only):
+            raise ValueError(
+                f"judge: {judge} given; it is accepted where a model's images are compared with places"
+            )
         if guidance_scales is None:
             guidance_scales = "1,1.5,2,2.5,3,4" if reference == _PLACES else "1"
         from model.limits import DEFAULT_STEPS

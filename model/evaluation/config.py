@@ -39,7 +39,7 @@ class EvaluationConfig:
     num_rows: int = 1024
     """Network rows in a batch; an image with guidance takes two."""
     compile: bool = False
-    """torch.compile of the network: minutes at the start, with and without guidance, then faster steps."""
+    """torch.compile of the networks: minutes at the start, with and without guidance, then faster steps."""
     judge_views: int = 200_000
     """Real views that the judge is trained on, where none is given."""
     num_training_views: int = 20_000

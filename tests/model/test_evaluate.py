@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from model.evaluation.config import EvaluationConfig
 from model.evaluation.sources import NpzImages
 from model.pipeline import LaMambaPipeline
 from tests.extractors import MeanColour, TinyInception
-from tests.tiny_model import save_tiny_model
+from tests.tiny_model import save_autoguided_model, save_tiny_model
 
 LABELS = ("red", "blue")
 
@@ -232,6 +233,19 @@ def test_evaluation_names_what_does_not_fit_the_model(
         Evaluation(pipeline, _config(**fields), places=places, extractors=[MeanColour()], output_dir=tmp_path)
 
 
+def test_evaluation_compiles_and_counts_both_networks_of_an_autoguided_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = LaMambaPipeline.load(save_autoguided_model(tmp_path, depths=(1, 1, 1, 0)), device="cpu")
+    networks = [pipeline.network, pipeline.guidance_network]
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda network, **fields: compiled.append(network))
+    report = Evaluation(pipeline, _config(compile=True), extractors=[], output_dir=tmp_path / "out").run()
+    assert compiled == networks
+    counts = [sum(p.numel() for p in network.parameters()) for network in networks if network is not None]
+    assert (len(counts), report["model"]["parameters"]) == (2, sum(counts))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -262,6 +276,13 @@ def test_config_names_what_it_does_not_accept(fields: dict[str, Any], message: s
         (["--samples", "x.npz"], "reference: places given; with samples an .npz or a folder is accepted"),
         (["--samples", "x.npz", "--reference", "y"], "x.npz: no such file; an .npz with images in arr_0"),
         (["--model", "x", "--sampler", "euler"], "sampler: euler given"),
+        (["--samples", "x.npz", "--reference", "y", "--generate-only"], "generate_only: given with samples"),
+        (
+            ["--model", "x", "--reference", "y", "--judge", "j"],
+            "judge: j given; it is accepted where",
+        ),
+        (["--samples", "x.npz", "--reference", "y", "--judge", "j"], "judge: j given"),
+        (["--model", "x", "--generate-only", "--judge", "j"], "judge: j given"),
         (["--model", "x", "--guidance-scales", "1,two"], "guidance_scales: '1,two' given; numbers"),
     ],
 )
