@@ -12,3 +12,5 @@ names = [*project["dependencies"], *(name for extra in extras for name in projec
 print(*names, sep="\n")
 END
 docker/pip.sh install -c constraints.txt -r /tmp/requirements.txt
+# Programs that test torch itself, 80 MB of its wheel.
+rm -rf /opt/lamamba/lib/python3*/site-packages/torch/test
