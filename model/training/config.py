@@ -72,7 +72,7 @@ class TrainConfig:
     """`places`, the views in the package, or a folder that `lamamba prepare-latents` wrote."""
     network: dict[str, Any] = field(default_factory=dict)
     """Fields of LaMambaConfig, or with `kind: dit` of DiTConfig. `preset` may stand among them: S, B, L or
-    XL, of a DiT S/2 to XL/8. `num_classes` follows from the data.
+    XL, of a DiT S/2 to XL/8. `num_classes`, unless 0, `in_channels` and `sample_size` follow from the data.
     """
     num_views: int = 200_000
     """Views of `places` in the latents cache."""
@@ -245,11 +245,25 @@ class TrainConfig:
         return self.autoencoder
 
     def network_config(self, *, num_classes: int, downsampling: int, in_channels: int) -> Architecture:
-        """The network for this data and autoencoder."""
-        fields = dict(self.network)
-        fields |= {"num_classes": fields.get("num_classes", num_classes), "in_channels": in_channels}
-        fields |= {"sample_size": self.resolution // downsampling}
-        return architecture_from_fields(fields)
+        """The network for this data and autoencoder.
+
+        ValueError where `network` says otherwise of what follows from them. `num_classes: 0` may stand there:
+        it leaves the labels unused.
+        """
+        accepted: dict[str, tuple[int, ...]] = {
+            "num_classes": (num_classes, 0),
+            "in_channels": (in_channels,),
+            "sample_size": (self.resolution // downsampling,),
+        }
+        follows = {name: values[0] for name, values in accepted.items()}
+        for name, values in accepted.items():
+            given = self.network.get(name, follows[name])
+            if given not in values:
+                raise ValueError(
+                    f"network.{name}: {given!r} given; {' or '.join(map(str, values))}, which follows from "
+                    "data, autoencoder and resolution, is accepted"
+                )
+        return architecture_from_fields(follows | self.network)
 
     def changes_since(self, earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields (before, now) in which this run goes on otherwise than `earlier`, a `to_dict`, says.

@@ -99,3 +99,26 @@ def test_changes_since_refuses_another_run(fields: dict[str, Any]) -> None:
     message = f"{next(iter(fields))}: .* given; the run in runs/tiny was started with"
     with pytest.raises(ValueError, match=message):
         _config(**fields).changes_since(_config().to_dict())
+
+
+def test_network_config_follows_from_data_and_autoencoder() -> None:
+    sizes = {"num_classes": 21, "downsampling": 8, "in_channels": 4}
+    stated = {"num_classes": 21, "in_channels": 4, "sample_size": 16}
+    assert _config(network=stated).network_config(**sizes) == _config().network_config(**sizes)
+    assert _config(network={"num_classes": 0}).network_config(**sizes).num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "accepted"),
+    [
+        ("num_classes", 20, "21 or 0"),
+        ("num_classes", 1000, "21 or 0"),
+        ("num_classes", None, "21 or 0"),
+        ("in_channels", 3, "4"),
+        ("sample_size", 32, "16"),
+    ],
+)
+def test_network_config_refuses_what_contradicts_the_data(field: str, given: Any, accepted: str) -> None:
+    config = _config(network={field: given})
+    with pytest.raises(ValueError, match=rf"network\.{field}: {given} given; {accepted}, which follows from"):
+        config.network_config(num_classes=21, downsampling=8, in_channels=4)
