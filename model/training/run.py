@@ -19,6 +19,7 @@ import shutil
 import signal
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -277,16 +278,17 @@ class _Run:
             write_snapshot(self.output_dir / "snapshots", trainer.images_seen, tracks)
 
     def _draw_samples(self) -> None:
-        weights = {name: whole_tensor(average) for name, average in self.trainer.ema.items()}
-        if self.watch is not None:
-            pixels = sample_grid(
-                self.trainer.network.with_weights(weights),
-                self.source.autoencoder,
-                self.data.labels,
-                device=self.world.device,
-                gpu_dtype=self.config.gpu_dtype,
-            )
-            self.watch.picture(self.trainer.images_seen, pixels)
+        with nullcontext() if self.watch is None else self.watch.paused():
+            weights = {name: whole_tensor(average) for name, average in self.trainer.ema.items()}
+            if self.watch is not None:
+                pixels = sample_grid(
+                    self.trainer.network.with_weights(weights),
+                    self.source.autoencoder,
+                    self.data.labels,
+                    device=self.world.device,
+                    gpu_dtype=self.config.gpu_dtype,
+                )
+                self.watch.picture(self.trainer.images_seen, pixels)
         self.world.barrier()
 
     def _write_previews(self) -> None:

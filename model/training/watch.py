@@ -11,6 +11,8 @@ import logging
 import math
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,15 @@ class Watch:
         if self._wandb is not None:
             image = importlib.import_module("wandb").Image(str(path))
             self._wandb.log({"images": images_seen, "samples": image})
-        self._time = time.monotonic()  # images a second are those of training
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block out of images a second, which are those of training; waits for the device first."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        started = time.monotonic()
+        yield
+        self._time += time.monotonic() - started
 
     def close(self) -> None:
         """Write what is not yet written."""
