@@ -241,7 +241,7 @@ class _Run:
         images = self.trainer.images_seen
         what = f"{in_a_row} steps in a row without finite gradients, up to image {images}"
         self.states.finish()
-        state = newest_state(self.states.folder, self.world)
+        state = newest_state(self.states.folder, self.world, healthy=True)
         if state is None or self.rollbacks >= self.config.max_rollbacks:
             reason = (
                 "there is no saved state yet" if state is None else f"{self.rollbacks} rollbacks did not help"
@@ -265,7 +265,9 @@ class _Run:
         self.trainer.go_on_from(images_seen)
 
     def _save(self) -> None:
-        self.states.save(self.trainer.images_seen, self.trainer.tensors(), self.facts)
+        trainer = self.trainer
+        healthy = int(trainer.optimizer.skipped_in_a_row) == 0
+        self.states.save(trainer.images_seen, trainer.tensors(), self.facts, healthy=healthy)
 
     def _write_snapshot(self) -> None:
         trainer = self.trainer

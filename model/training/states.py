@@ -58,6 +58,12 @@ _LATEST_FILE = "latest"
 _METADATA_FILE = ".metadata"
 _WRITING_THREADS = 4  # of a rank, each with a file: a single one is bound by a core, and XL's state has 10 GB
 _NAME = re.compile(r"state-(\d+)")
+_FACTS: dict[str, type] = {  # what run.json says of every state
+    "version": int,
+    "images_seen": int,
+    "metadata_sha256": str,
+    "files": dict,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +97,14 @@ class StateFolder:
         self._newest = -1
         self._pending: tuple[Future[Any], Path, Path, dict[str, Any]] | None = None
 
-    def save(self, images_seen: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Write `tensors` and what they belong to, plain values; nothing where that was just done."""
+    def save(
+        self, images_seen: int, tensors: dict[str, Tensor], facts: dict[str, Any], *, healthy: bool = True
+    ) -> None:
+        """Write `tensors` and what they belong to, plain values; nothing where that was just done.
+
+        Where not `healthy`, the last step had no finite gradients: the run may go on from there, but such a
+        state never takes a healthy one's place.
+        """
         if images_seen == self._newest:
             return
         self.finish()
@@ -104,7 +116,8 @@ class StateFolder:
                 shutil.rmtree(left)
             temporary.mkdir(parents=True)
         self._world.barrier()
-        content = {"version": VERSION, "images_seen": images_seen, "world_size": self._world.size} | facts
+        content = {"version": VERSION, "images_seen": images_seen, "world_size": self._world.size}
+        content |= {"healthy": healthy} | facts
         threads = _WRITING_THREADS if self._world.device.type == "cuda" else 1
         options: dict[str, Any] = {
             "storage_writer": FileSystemWriter(temporary, thread_count=threads),
@@ -150,14 +163,16 @@ class StateFolder:
         _flush_folder(self.folder)
         with whole_file(self.folder / _LATEST_FILE) as file:
             file.write_text(path.name + "\n", encoding="utf-8")
-        self._prune(path)
+        self._prune(path, healthy=content["healthy"])
 
-    def _prune(self, newest: Path) -> None:
+    def _prune(self, newest: Path, *, healthy: bool) -> None:
         others = [folder for folder in state_folders(self.folder) if folder != newest]
-        kept = {newest, *others[: self._keep - 1]}
+        healthy_ones = [folder for folder in others if _is_healthy(_facts(folder))]
+        # Beside an unhealthy one stays what a rollback can go back to.
+        kept = {newest, *healthy_ones[: self._keep - 1 if healthy else max(self._keep - 1, 1)]}
         if self._keep_every:
             first: dict[int, Path] = {}
-            for folder in reversed(others):
+            for folder in reversed(healthy_ones):
                 first.setdefault(_images(folder) // self._keep_every, folder)
             kept |= {folder for part, folder in first.items() if part > 0}
         for folder in others:
@@ -172,8 +187,10 @@ def state_folders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def newest_state(folder: Path, world: World) -> SavedState | None:
+def newest_state(folder: Path, world: World, *, healthy: bool = False) -> SavedState | None:
     """The newest whole state of `folder`, or None; damaged ones are set aside. All ranks call it together.
+
+    `healthy`: one whose last step had finite gradients.
 
     Raises ValueError for states of another version of this format.
     """
@@ -182,6 +199,8 @@ def newest_state(folder: Path, world: World) -> SavedState | None:
     for path in world.shared([str(path) for path in state_folders(folder)]):
         state = read_state(Path(path), part=world.rank, parts=world.size)
         if not world.largest(state is None):
+            if healthy and state is not None and not _is_healthy(state.facts):
+                continue
             return state
         if world.is_main:
             aside = Path(path).with_name(f"{Path(path).name}.damaged")
@@ -195,13 +214,15 @@ def newest_state(folder: Path, world: World) -> SavedState | None:
 
 def read_state(folder: Path, *, part: int = 0, parts: int = 1) -> SavedState | None:
     """The state in `folder`, or None where it is damaged; of `parts` equal parts, `part` is looked at."""
-    try:
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-        metadata = (folder / _METADATA_FILE).read_bytes()
-    except (OSError, ValueError):
+    facts = _facts(folder)
+    if "version" in facts and facts["version"] != VERSION:
+        raise ValueError(f"{folder}: version {facts['version']} of a saved state; {VERSION} is accepted")
+    if not all(isinstance(facts.get(name), kind) for name, kind in _FACTS.items()):
         return None
-    if facts.get("version") != VERSION:
-        raise ValueError(f"{folder}: version {facts.get('version')} of a saved state; {VERSION} is accepted")
+    try:
+        metadata = (folder / _METADATA_FILE).read_bytes()
+    except OSError:
+        return None
     if hashlib.sha256(metadata).hexdigest() != facts["metadata_sha256"]:
         return None
     for name, size in facts["files"].items():
@@ -214,7 +235,7 @@ def read_state(folder: Path, *, part: int = 0, parts: int = 1) -> SavedState | N
             file.seek(record.offset)
             if not _is_whole(file.read(record.length)):
                 return None
-    return SavedState(folder=folder, images_seen=int(facts["images_seen"]), facts=facts)
+    return SavedState(folder=folder, images_seen=facts["images_seen"], facts=facts)
 
 
 def load_tensors(state: SavedState, tensors: dict[str, Tensor], world: World | None = None) -> None:
@@ -239,6 +260,19 @@ def load_tensors(state: SavedState, tensors: dict[str, Tensor], world: World | N
             process_group=group,
             no_dist=group is None,
         )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What `run.json` says; nothing where it cannot be read."""
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _is_healthy(facts: dict[str, Any]) -> bool:
+    return facts.get("healthy", True) is True  # states of earlier versions of this package do not say
 
 
 def _metadata(folder: Path) -> Metadata:
