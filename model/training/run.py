@@ -182,29 +182,26 @@ class _Run:
     def _steps(self, stop: StopRequest, deadline: float) -> bool:
         """Train to `num_images`; False when the deadline came first."""
         config, trainer, world = self.config, self.trainer, self.world
-        saved_at = time.monotonic()
+        saved_at, healthy = time.monotonic(), True
         while trainer.images_seen < config.num_images:
             trainer.train_step()
             finished = trainer.images_seen >= config.num_images
             if trainer.step % config.log_every == 0 or finished:
                 self._record()
-                now = time.monotonic()
-                late, due = world.shared((now > deadline, now - saved_at > config.state_every_s))
                 healthy = self._roll_back_if_needed()
-                if finished or late or (due and healthy):
-                    self._save()
-                    saved_at = now
-                if late and not finished:
-                    self.states.finish()
-                    return False
             if self._is_due(config.snapshot_every) or (finished and config.snapshot_every):
                 self._write_snapshot()
             if self._is_due(config.sample_every):
                 self._draw_samples()
             self.states.poll()
-            received = world.largest(stop.received or 0)
-            if received:
+            now = time.monotonic()
+            received, late, due = world.largest_of_each(
+                [stop.received or 0, now > deadline, now - saved_at > config.state_every_s]
+            )
+            if finished or received or late or (due and healthy):
                 self._save()
+                saved_at = time.monotonic()
+            if received:
                 self.states.finish()
                 logger.info(
                     "%s: stopped after %d images; the same command goes on",
@@ -212,6 +209,9 @@ class _Run:
                     trainer.images_seen,
                 )
                 raise SystemExit(128 + received)
+            if late and not finished:
+                self.states.finish()
+                return False
         return True
 
     def _is_due(self, every: int) -> bool:

@@ -133,11 +133,15 @@ class World:
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' numbers, on every rank."""
+        return self.largest_of_each([value])[0]
+
+    def largest_of_each(self, values: list[int]) -> list[int]:
+        """The largest of the ranks' numbers at each place of the list, on every rank, by one message."""
         if self.control is None:
-            return value
-        number = torch.tensor(value)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.control)
-        return int(number)
+            return values
+        numbers = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.control)
+        return numbers.tolist()
 
     def shared(self, value: Value) -> Value:
         """The main rank's value, on every rank."""

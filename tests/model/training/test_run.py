@@ -102,6 +102,16 @@ def test_a_resumed_run_is_bitwise_the_straight_run(make_config: Callable[..., Tr
     assert _weights(broken) == _weights(straight)
 
 
+def test_the_deadline_and_states_do_not_wait_for_a_log_line(make_config: Callable[..., TrainConfig]) -> None:
+    config = make_config("slow", log_every=1000, keep_states=9, snapshot_every=8, ema_tracks=[0.1])
+    run = Path(config.output_dir)
+    assert train(dataclasses.replace(config, stop_after_s=1e-9), device="cpu") is None
+    assert [path.name for path in (run / "states").glob("state-*")] == ["state-000000000008"]
+    assert [path.name for path in (run / "snapshots").iterdir()] == ["averages-000000000008.safetensors"]
+    assert train(dataclasses.replace(config, state_every_s=1e-9), device="cpu") is not None
+    assert len(list((run / "states").glob("state-*"))) == 5
+
+
 def test_train_learns(make_config: Callable[..., TrainConfig]) -> None:
     config = make_config("learns", num_images=480, learning_rate=3e-3, log_every=10)
     train(config, device="cpu")
