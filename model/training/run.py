@@ -81,7 +81,6 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
                 downsampling=data.downsampling,
                 in_channels=data.latent_channels,
             )
-            _require_room(config, architecture, world)
             with progress_display(shown=world.is_main) as progress:
                 run = _Run(config, data, architecture, world, progress)
                 return run.whole(stop, deadline=deadline)
@@ -117,6 +116,7 @@ class _Run:
             keep_every=config.keep_state_every,
             asynchronous=config.async_save,
         )
+        _require_room(config, architecture, world, self.states)
         state = newest_state(self.states.folder, world)
         if state is not None:
             _require_same_run(config, run, state.facts["run"])
@@ -326,15 +326,14 @@ def _require_installed(config: TrainConfig) -> None:
         raise ValueError("wandb: not installed; pip install 'lamamba[wandb]', or leave the field out")
 
 
-def _require_room(config: TrainConfig, architecture: Architecture, world: World) -> None:
+def _require_room(config: TrainConfig, architecture: Architecture, world: World, states: StateFolder) -> None:
     """ValueError where disk or memory cannot hold the run's state, whatever else it needs."""
     parameters = network_parameters(architecture)
     state_bytes = 4 * parameters * (4 + len(config.ema_tracks))  # weights, two moments, EMA
     folder = Path(config.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
-    kept = sum(file.stat().st_size for file in (Path(config.output_dir) / "states").rglob("*.distcp"))
-    needed, free = (config.keep_states + 1) * state_bytes - kept, shutil.disk_usage(folder).free
+    needed, free = states.bytes_to_save(state_bytes), shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
             f"output_dir: {config.output_dir} has {free / 2**30:.1f} GiB free; {needed / 2**30:.1f} GiB are "

@@ -58,6 +58,7 @@ _LATEST_FILE = "latest"
 _METADATA_FILE = ".metadata"
 _WRITING_THREADS = 4  # of a rank, each with a file: a single one is bound by a core, and XL's state has 10 GB
 _NAME = re.compile(r"state-(\d+)")
+_LEFT_OVER = ".state-*.tmp"  # of a save, or of a removal, that was broken off
 _FACTS: dict[str, type] = {  # what run.json says of every state
     "version": int,
     "images_seen": int,
@@ -112,7 +113,7 @@ class StateFolder:
         path = self.folder / f"state-{images_seen:012d}"
         temporary = self.folder / f".{path.name}.tmp"
         if self._world.is_main:
-            for left in self.folder.glob(".state-*.tmp"):
+            for left in self.folder.glob(_LEFT_OVER):
                 shutil.rmtree(left)
             temporary.mkdir(parents=True)
         self._world.barrier()
@@ -133,6 +134,17 @@ class StateFolder:
             save(dict(tensors), **options)
         self._publish(temporary, path, content)
         logger.info("%s: saved in %.1f s", path, time.monotonic() - started)
+
+    def bytes_to_save(self, state_bytes: int) -> int:
+        """What has to be free for states of so many bytes: for all that are kept, without those kept for
+        good, and for one more while it is written.
+        """
+        folders = state_folders(self.folder)
+        for_good = self._kept_for_good([folder for folder in folders if _is_healthy(_facts(folder))])
+        replaced = sum(_bytes(folder) for folder in folders if folder not in for_good)
+        removed_first = sum(map(_bytes, self.folder.glob(_LEFT_OVER)))
+        # However many states there are, the next is written before one of them goes.
+        return max((self._keep + 1) * state_bytes - replaced, state_bytes) - removed_first
 
     def poll(self) -> None:
         """Publish a state whose writing has ended."""
@@ -170,14 +182,19 @@ class StateFolder:
         healthy_ones = [folder for folder in others if _is_healthy(_facts(folder))]
         # Beside an unhealthy one stays what a rollback can go back to.
         kept = {newest, *healthy_ones[: self._keep - 1 if healthy else max(self._keep - 1, 1)]}
-        if self._keep_every:
-            first: dict[int, Path] = {}
-            for folder in reversed(healthy_ones):
-                first.setdefault(_images(folder) // self._keep_every, folder)
-            kept |= {folder for part, folder in first.items() if part > 0}
+        kept |= self._kept_for_good(healthy_ones)
         for folder in others:
             if folder not in kept:
                 _remove(folder)
+
+    def _kept_for_good(self, healthy_ones: list[Path]) -> set[Path]:
+        """The first state of each part of the run, of these, newest first."""
+        if not self._keep_every:
+            return set()
+        first: dict[int, Path] = {}
+        for folder in reversed(healthy_ones):
+            first.setdefault(_images(folder) // self._keep_every, folder)
+        return {folder for part, folder in first.items() if part > 0}
 
 
 def state_folders(folder: Path) -> list[Path]:
@@ -292,6 +309,10 @@ def _images(folder: Path) -> int:
     match = _NAME.fullmatch(folder.name)
     assert match is not None
     return int(match.group(1))
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.distcp"))
 
 
 def _remove(folder: Path) -> None:

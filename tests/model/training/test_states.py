@@ -79,6 +79,27 @@ def test_states_without_finite_gradients_never_push_out_those_before(tmp_path: P
     assert _images(tmp_path) == [10, 20, 60][3 - keep :]
 
 
+def test_only_what_saving_frees_counts_as_room(tmp_path: Path) -> None:
+    def needed(size: int) -> int:
+        return StateFolder(tmp_path, WORLD, keep=2, keep_every=25).bytes_to_save(size)
+
+    def put(name: str) -> None:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "__0_0.distcp").write_bytes(b"x" * 100)
+
+    assert needed(100) == 300
+    put("state-000000000010")
+    assert needed(100) == 200
+    put("state-000000000030")  # the first of its 25: kept for good
+    put("state-000000000020.damaged")
+    assert needed(100) == 200
+    for images in (11, 12, 31, 32):
+        put(f"state-{images:012d}")
+    assert needed(100) == 100
+    put(".state-000000000033.tmp")
+    assert needed(100) == 0
+
+
 @pytest.mark.parametrize("kept_share", [0.0, 0.5, 0.99], ids=["empty", "half", "end-missing"])
 def test_newest_state_falls_back_past_a_truncated_one(
     tmp_path: Path, kept_share: float, caplog: pytest.LogCaptureFixture
