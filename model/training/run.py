@@ -37,7 +37,7 @@ from model.training.data import TrainingData
 from model.training.export import export_run
 from model.training.network import build_network
 from model.training.samples import sample_grid
-from model.training.snapshots import write_snapshot
+from model.training.snapshots import take_back_snapshots, write_snapshot
 from model.training.source import Source
 from model.training.states import SavedState, StateFolder, load_tensors, newest_state
 from model.training.trainer import Trainer
@@ -152,6 +152,7 @@ class _Run:
                 trainer.prepare()
                 logger.info("ready to train after %.0f s", time.monotonic() - started)
             if world.is_main:
+                take_back_snapshots(self.output_dir / "snapshots", trainer.images_seen)
                 self.watch = Watch(
                     config,
                     self.progress,

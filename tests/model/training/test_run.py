@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,16 @@ def test_the_deadline_and_states_do_not_wait_for_a_log_line(make_config: Callabl
     assert [path.name for path in (run / "snapshots").iterdir()] == ["averages-000000000008.safetensors"]
     assert train(dataclasses.replace(config, state_every_s=1e-9), device="cpu") is not None
     assert len(list((run / "states").glob("state-*"))) == 5
+
+
+def test_a_resumed_run_takes_back_snapshots_that_come_again(make_config: Callable[..., TrainConfig]) -> None:
+    config = make_config("back", num_images=24, snapshot_every=8, ema_tracks=[0.1], state_every_s=1e-9)
+    train(config, device="cpu")
+    run = Path(config.output_dir)
+    shutil.rmtree(run / "states" / "state-000000000024")
+    assert train(dataclasses.replace(config, snapshot_every=0, stop_after_s=1e-9), device="cpu") is not None
+    images = [path.stem.removeprefix("averages-").lstrip("0") for path in (run / "snapshots").iterdir()]
+    assert sorted(images) == ["16", "8"]
 
 
 def test_train_learns(make_config: Callable[..., TrainConfig]) -> None:
