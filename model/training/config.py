@@ -21,7 +21,7 @@ PLACES = "places"
 """The name by which a recipe asks for the views in the package."""
 
 _FIXED_FIELDS = (
-    *("data", "network", "resolution", "num_views", "batch_size", "seed"),
+    *("resolution", "num_views", "batch_size", "seed"),
     *("ema_tracks", "ema_track_interval"),
 )
 _INTEGERS = {  # and their least values

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from model.architecture import Architecture, architecture_fields
+from model.architecture import Architecture, architecture_fields, architecture_from_fields
 from model.model_folder import write_json
 from model.network.kinds import network_parameters
 from model.preview import fit_preview_map, write_preview_map
@@ -119,7 +119,7 @@ class _Run:
         _require_room(config, architecture, world, self.states)
         state = newest_state(self.states.folder, world)
         if state is not None:
-            _require_same_run(config, run, state.facts["run"])
+            _require_same_run(config, self.facts, state.facts)
         self.source: Source = data.source(world, progress)
         network = build_network(config, architecture, world.device)
         parameters = sum(parameter.numel() for parameter in network.module.parameters())
@@ -304,8 +304,12 @@ class _Run:
         )
 
 
-def _require_same_run(config: TrainConfig, run: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """ValueError unless `run` may go on from the state of `earlier`; what it changes is logged."""
+def _require_same_run(config: TrainConfig, facts: dict[str, Any], saved: dict[str, Any]) -> None:
+    """ValueError unless a run of `facts` may go on from a state of `saved`; what it changes is logged.
+
+    Data, autoencoder and network are what they hold, wherever they lie and however they are spelled.
+    """
+    run, earlier = facts["run"], saved["run"]
     changes = config.changes_since(earlier["config"])
     if run["autoencoder"] != earlier["autoencoder"]:
         raise ValueError(
@@ -318,8 +322,15 @@ def _require_same_run(config: TrainConfig, run: dict[str, Any], earlier: dict[st
             f"data: {config.data} with digest {run['data'][:12]} given; the run in {config.output_dir} was "
             f"started on {earlier['data'][:12]}, continue with that or choose another output_dir"
         )
-    for name, (before, now) in changes.items():
-        logger.info("%s: %r from here on, %r before", name, now, before)
+    before = architecture_fields(architecture_from_fields(saved["architecture"]))
+    for name, now in facts["architecture"].items():
+        if before.get(name) != now:
+            raise ValueError(
+                f"network.{name}: {now!r} given; the run in {config.output_dir} was started with "
+                f"{before.get(name)!r}, continue with that or choose another output_dir"
+            )
+    for name, (earlier_value, value) in changes.items():
+        logger.info("%s: %r from here on, %r before", name, value, earlier_value)
 
 
 def _require_installed(config: TrainConfig) -> None:

@@ -92,7 +92,7 @@ def test_changes_since_names_what_a_resumed_run_does_otherwise() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"batch_size": 4}, {"resolution": 256}, {"seed": 1}, {"num_views": 9}, {"network": {"hidden_size": 8}}],
+    [{"batch_size": 4}, {"resolution": 256}, {"seed": 1}, {"num_views": 9}, {"ema_tracks": [0.1]}],
     ids=lambda fields: next(iter(fields)),
 )
 def test_changes_since_refuses_another_run(fields: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from model.training.source import CachedSource
 from model.training.trainer import Trainer
 from model.training.world import World
 from service.benchmark.server import free_port
+from tests.latents_cache import save_latents
 
 # Few parameters: each is a record of every state.
 TINY = {"layout": "isotropic", "hidden_size": 8, "num_heads": 2, "depths": [2], "bottleneck_depth": 0}
@@ -432,6 +433,25 @@ def test_train_refuses_to_mix_two_runs(make_config: Callable[..., TrainConfig]) 
     train(make_config("mixed", num_images=8), device="cpu")
     with pytest.raises(ValueError, match=r"batch_size: 4 given; the run in .* was started with 8"):
         train(make_config("mixed", batch_size=4), device="cpu")
+
+
+def test_a_run_is_known_by_its_network_and_data_not_by_their_spelling(
+    make_config: Callable[..., TrainConfig], autoencoder: Path, tmp_path: Path
+) -> None:
+    latents = tmp_path / "latents"
+    save_latents(latents, (8,), side=8, autoencoder=Autoencoder.load(autoencoder).weights_hash)
+    fields = {"data": str(latents), "num_images": 8}
+    train(make_config("known", **fields), device="cpu")
+    shutil.move(latents, tmp_path / "moved")
+    fields = {"data": str(tmp_path / "moved"), "num_images": 16}
+    for changed, message in (
+        ({"hidden_size": 12}, r"network\.hidden_size: 12 given; the run in .* was started with 8, continue"),
+        ({"num_classes": 0}, r"network\.num_classes: 0 given; the run in .* was started with 3, continue"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(make_config("known", **fields, network=TINY | changed), device="cpu")
+    spelled = TINY | {"kind": "lamamba", "num_classes": 3, "patch_size": 1}
+    assert train(make_config("known", **fields, network=spelled), device="cpu") is not None
 
 
 def test_train_takes_other_optimizer_settings_on_resume(
