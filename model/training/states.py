@@ -48,6 +48,7 @@ __all__ = [
     "load_tensors",
     "newest_state",
     "state_folders",
+    "state_path",
 ]
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class StateFolder:
             return
         self.finish()
         self._newest, started = images_seen, time.monotonic()
-        path = self.folder / f"state-{images_seen:012d}"
+        path = state_path(self.folder, images_seen)
         temporary = self.folder / f".{path.name}.tmp"
         if self._world.is_main:
             for left in self.folder.glob(_LEFT_OVER):
@@ -195,6 +196,11 @@ class StateFolder:
         for folder in reversed(healthy_ones):
             first.setdefault(_images(folder) // self._keep_every, folder)
         return {folder for part, folder in first.items() if part > 0}
+
+
+def state_path(folder: Path, images_seen: int) -> Path:
+    """Where the state after so many images lies, or would lie."""
+    return folder / f"state-{images_seen:012d}"
 
 
 def state_folders(folder: Path) -> list[Path]:

@@ -143,7 +143,7 @@ class Watch:
 
 
 def _take_back(path: Path, images_seen: int) -> None:
-    """Remove the records of steps that are taken again, and a line that a crash broke off."""
+    """Remove the records of steps that are taken again, and lines that are none, as a crash leaves them."""
     if not path.exists():
         return
     kept = []
@@ -152,7 +152,8 @@ def _take_back(path: Path, images_seen: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record["images"] <= images_seen:
+        images = record.get("images") if isinstance(record, dict) else None
+        if isinstance(images, int) and images <= images_seen:
             kept.append(line + "\n")
     with whole_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

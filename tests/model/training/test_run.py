@@ -28,6 +28,7 @@ from model.training.network import build_network
 from model.training.objective import Losses
 from model.training.run import Diverged, train
 from model.training.source import CachedSource
+from model.training.states import FACTS_FILE, SavedState, read_state
 from model.training.trainer import Trainer
 from model.training.world import World
 from service.benchmark.server import free_port
@@ -223,7 +224,7 @@ def test_samples_are_drawn_when_their_number_is_passed(make_config: Callable[...
 
 
 def test_export_writes_any_kept_state_and_any_length(
-    make_config: Callable[..., TrainConfig], tmp_path: Path
+    make_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(
         "kept",
@@ -245,6 +246,9 @@ def test_export_writes_any_kept_state_and_any_length(
     assert exported() == _weights(config)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| images seen | 40 |" in card
+    assert "tags: [class-conditional]" in card
+    assert "A class-conditional latent diffusion model" in card
+    assert "views of `places`, 21 classes, digest" in card
     different = [
         exported(images_seen=16),
         exported(weights="network"),
@@ -256,6 +260,19 @@ def test_export_writes_any_kept_state_and_any_length(
     assert LaMambaPipeline.load(tmp_path / "model", device="cpu").has_previews
     with pytest.raises(ValueError, match=r"images: 24 given; the run has states of 40, 32, 16 images"):
         exported(images_seen=24)
+    looked_at: list[Path] = []
+
+    def looking(folder: Path) -> SavedState | None:
+        looked_at.append(folder)
+        return read_state(folder)
+
+    with monkeypatch.context() as context:
+        context.setattr("model.training.export.read_state", looking)
+        exported(images_seen=16)
+        assert [folder.name for folder in looked_at] == ["state-000000000016"]
+        (run / "states" / "state-000000000032" / FACTS_FILE).write_text("[]")
+        with pytest.raises(ValueError, match=r"images: 32 given; .*state-000000000032 is damaged"):
+            exported(images_seen=32)
     with pytest.raises(ValueError, match=r"weights: 'best' given; ema or network is accepted"):
         exported(weights="best")
     with pytest.raises(ValueError, match=r"run: .* given; a run's folder with saved states is accepted"):

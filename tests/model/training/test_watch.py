@@ -75,6 +75,7 @@ def test_a_resumed_run_takes_back_what_comes_again(tmp_path: Path) -> None:
     for images in (8, 16, 24):
         watch.record(images, VALUES, skipped_steps=0)
     with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('null\n8\n{"loss": 0.5}\n{"images": null}\n')
         file.write('{"images": 32, "lo')  # where the process was killed
     _watch(tmp_path, images_seen=16, tensorboard=False).record(24, VALUES, skipped_steps=0)
     assert [record["images"] for record in _log(tmp_path)] == [8, 16, 24]
