@@ -2,7 +2,7 @@
 
 A state is a folder `state-<images>` of torch.distributed.checkpoint's files, of which each rank writes its
 part, and of `run.json`, which says what they belong to. It is written under another name, flushed to the disk
-and renamed; then `latest` names it, and only then are older ones removed. All ranks see one file system.
+and renamed, and only then are older ones removed. All ranks see one file system.
 
 A state that the disk damaged is renamed to `*.damaged`, so that it never counts as one again. Each tensor's
 record has a checksum, which is looked at before anything is loaded. What was saved by some ranks is loaded by
@@ -55,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 VERSION = 2  # 1 were single files
 FACTS_FILE = "run.json"
-_LATEST_FILE = "latest"
 _METADATA_FILE = ".metadata"
 _WRITING_THREADS = 4  # of a rank, each with a file: a single one is bound by a core, and XL's state has 10 GB
 _NAME = re.compile(r"state-(\d+)")
@@ -174,8 +173,6 @@ class StateFolder:
             _remove(path)
         temporary.replace(path)
         _flush_folder(self.folder)
-        with whole_file(self.folder / _LATEST_FILE) as file:
-            file.write_text(path.name + "\n", encoding="utf-8")
         self._prune(path, healthy=content["healthy"])
 
     def _prune(self, newest: Path, *, healthy: bool) -> None:
