@@ -119,7 +119,7 @@ class TrainConfig:
     """
     compile: Literal["none", "block", "full"] = "block"
     """On CUDA, torch.compile of each block, where like ones share the result (places-256: 6 for 13), or of
-    the loss as a whole, which takes two to three times as long.
+    the loss as a whole, which takes two to three times as long and which fsdp does not have.
     """
     cuda_graph: bool = True
     """On CUDA, launch each step as one CUDA graph (ddp: two): the host can be slower than the device."""
@@ -188,6 +188,8 @@ class TrainConfig:
             value = getattr(self, name)
             is_choice = any(value == choice and type(value) is type(choice) for choice in choices)
             self._require(name, is_choice, f"one of {', '.join(map(str, choices))}")
+        is_whole = self.compile == "full" and self.parallel == "fsdp"
+        self._require("compile", not is_whole, "with parallel=fsdp, none or block")
         tracks = self.ema_tracks
         is_valid = isinstance(tracks, list | tuple) and all(map(_is_track, tracks))
         self._require("ema_tracks", is_valid, "a list of different numbers above 0, up to 0.2886,")

@@ -49,6 +49,10 @@ def _config(**fields: Any) -> TrainConfig:
         ({"logit_normal": [0.0, 0.0]}, "given; a pair of numbers, the second above 0, is accepted"),
         ({"logit_normal": [math.nan, 1.0]}, r"logit_normal: \[nan, 1.0\] given; a pair of numbers"),
         ({"compile": False}, "compile: False given; one of none, block, full is accepted"),
+        (
+            {"compile": "full", "parallel": "fsdp"},
+            "compile: 'full' given; with parallel=fsdp, none or block is accepted",
+        ),
         ({"cuda_graph": 1}, "cuda_graph: 1 given; one of False, True is accepted"),
         ({"network": "XL"}, "network: 'XL' given; a mapping of the network's fields is accepted"),
         ({"autoencoder": ""}, "autoencoder: '' given; a text is accepted"),
