@@ -8,6 +8,7 @@ device, and which gives up on a silent rank after `rank_timeout_s`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ __all__ = [
     "sum_over_ranks",
     "whole_tensor",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 class RankLost(RuntimeError):
@@ -123,10 +126,13 @@ class World:
         except RuntimeError as error:
             # gloo raises no class of its own, but names its file.
             if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise RankLost(
+                lost = RankLost(
                     f"rank {rank} of {size}: another rank is gone, or was silent for {rank_timeout_s:g} s "
                     "(rank_timeout_s); its log says why. The same command goes on from the newest saved state"
-                ) from error
+                )
+                # Now: on CUDA the end of the group may wait for a message that nobody answers.
+                logger.error("%s", lost)
+                raise lost from error
             raise
         finally:
             dist.destroy_process_group()
