@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +42,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_ANSWER_EVERY_S = 1.0
 
 
 class RankLost(RuntimeError):
@@ -164,6 +168,36 @@ class World:
         summed = values.clone()
         dist.all_reduce(summed)
         return summed / self.size
+
+    @contextmanager
+    def main_rank_first(self) -> Iterator[None]:
+        """The block on the main rank, then on the others, who wait for as long as that takes.
+
+        A barrier would give up on the main rank after `rank_timeout_s`. Here a thread of it goes on answering
+        the others, who so notice when it is gone. The block must send no messages.
+        """
+        if self.control is None:
+            yield
+            return
+        if not self.is_main:
+            while not self.largest(0):
+                pass
+            yield
+            return
+        done = Event()
+
+        def answer() -> None:
+            while not done.wait(_ANSWER_EVERY_S):
+                self.largest(0)
+            self.largest(1)
+
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(answer)
+            try:
+                yield
+            finally:
+                done.set()
+        answers.result()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
