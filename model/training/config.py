@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from model.architecture import Architecture, architecture_from_fields
+from model.limits import MAX_SEED
 from model.messages import unknown_field
 from model.pretrained import default_model_dir
 
@@ -21,7 +22,7 @@ PLACES = "places"
 """The name by which a recipe asks for the views in the package."""
 
 _FIXED_FIELDS = (
-    *("data", "network", "resolution", "num_views", "batch_size", "seed"),
+    *("resolution", "num_views", "batch_size", "seed"),
     *("ema_tracks", "ema_track_interval"),
 )
 _INTEGERS = {  # and their least values
@@ -72,7 +73,7 @@ class TrainConfig:
     """`places`, the views in the package, or a folder that `lamamba prepare-latents` wrote."""
     network: dict[str, Any] = field(default_factory=dict)
     """Fields of LaMambaConfig, or with `kind: dit` of DiTConfig. `preset` may stand among them: S, B, L or
-    XL, of a DiT S/2 to XL/8. `num_classes` follows from the data.
+    XL, of a DiT S/2 to XL/8. `num_classes`, unless 0, `in_channels` and `sample_size` follow from the data.
     """
     num_views: int = 200_000
     """Views of `places` in the latents cache."""
@@ -118,7 +119,7 @@ class TrainConfig:
     """
     compile: Literal["none", "block", "full"] = "block"
     """On CUDA, torch.compile of each block, where like ones share the result (places-256: 6 for 13), or of
-    the loss as a whole, which takes two to three times as long.
+    the loss as a whole, which takes two to three times as long and which fsdp does not have.
     """
     cuda_graph: bool = True
     """On CUDA, launch each step as one CUDA graph (ddp: two): the host can be slower than the device."""
@@ -164,6 +165,7 @@ class TrainConfig:
             value = getattr(self, name)
             is_integer = isinstance(value, int) and not isinstance(value, bool)
             self._require(name, is_integer and value >= least, f"an integer of at least {least}")
+        self._require("seed", self.seed <= MAX_SEED, f"at most {MAX_SEED}")
         for name in ("learning_rate", "state_every_s", "rank_timeout_s"):
             value = getattr(self, name)
             self._require(name, _is_number(value) and 0 < value < math.inf, "a finite number above 0")
@@ -186,6 +188,8 @@ class TrainConfig:
             value = getattr(self, name)
             is_choice = any(value == choice and type(value) is type(choice) for choice in choices)
             self._require(name, is_choice, f"one of {', '.join(map(str, choices))}")
+        is_whole = self.compile == "full" and self.parallel == "fsdp"
+        self._require("compile", not is_whole, "with parallel=fsdp, none or block")
         tracks = self.ema_tracks
         is_valid = isinstance(tracks, list | tuple) and all(map(_is_track, tracks))
         self._require("ema_tracks", is_valid, "a list of different numbers above 0, up to 0.2886,")
@@ -245,11 +249,25 @@ class TrainConfig:
         return self.autoencoder
 
     def network_config(self, *, num_classes: int, downsampling: int, in_channels: int) -> Architecture:
-        """The network for this data and autoencoder."""
-        fields = dict(self.network)
-        fields |= {"num_classes": fields.get("num_classes", num_classes), "in_channels": in_channels}
-        fields |= {"sample_size": self.resolution // downsampling}
-        return architecture_from_fields(fields)
+        """The network for this data and autoencoder.
+
+        ValueError where `network` says otherwise of what follows from them. `num_classes: 0` may stand there:
+        it leaves the labels unused.
+        """
+        accepted: dict[str, tuple[int, ...]] = {
+            "num_classes": (num_classes, 0),
+            "in_channels": (in_channels,),
+            "sample_size": (self.resolution // downsampling,),
+        }
+        follows = {name: values[0] for name, values in accepted.items()}
+        for name, values in accepted.items():
+            given = self.network.get(name, follows[name])
+            if given not in values:
+                raise ValueError(
+                    f"network.{name}: {given!r} given; {' or '.join(map(str, values))}, which follows from "
+                    "data, autoencoder and resolution, is accepted"
+                )
+        return architecture_from_fields(follows | self.network)
 
     def changes_since(self, earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields (before, now) in which this run goes on otherwise than `earlier`, a `to_dict`, says.

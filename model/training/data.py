@@ -99,18 +99,15 @@ class TrainingData:
                 world_size=world.size,
             )
         assert self.places is not None
-        if not world.is_main:
-            world.barrier()
-        cache = places_latents(
-            self.places,
-            autoencoder,
-            size=config.resolution,
-            num_views=config.num_views,
-            folder=Path(config.output_dir) / "latents",
-            progress=progress,
-        )
-        if world.is_main:
-            world.barrier()
+        with world.main_rank_first():
+            cache = places_latents(
+                self.places,
+                autoencoder,
+                size=config.resolution,
+                num_views=config.num_views,
+                folder=Path(config.output_dir) / "latents",
+                progress=progress,
+            )
         rows = config.rank_batch_size(world.size)
         return CachedSource(cache, rows=rows, seed=config.seed, rank=world.rank, world_size=world.size)
 

@@ -20,7 +20,7 @@ from model.preview import PREVIEW_FILE
 from model.training.averages import track_name
 from model.training.config import PLACES, TrainConfig
 from model.training.snapshots import average_of_length
-from model.training.states import SavedState, load_tensors, read_state, state_folders
+from model.training.states import SavedState, load_tensors, read_state, state_folders, state_path
 
 __all__ = ["export_run", "read_metrics"]
 
@@ -47,8 +47,7 @@ def export_run(
 
     Raises ValueError where the run has no such state.
     """
-    names = [folder.name for folder in state_folders(output_dir / "states")]
-    of_a_state = images_seen is None or f"state-{images_seen:012d}" in names
+    of_a_state = images_seen is None or state_path(output_dir / "states", images_seen).is_dir()
     state = _find_state(output_dir, images_seen if of_a_state or sigma_rel is None else None)
     config = TrainConfig.from_dict(state.facts["run"]["config"])
     architecture = architecture_from_fields(state.facts["architecture"])
@@ -111,10 +110,13 @@ def model_card(
     """A card in the hub's format: what the model is, what it saw, and how it was measured."""
     facts = state.facts
     data = f"{config.num_views:,} views of `places`" if config.data == PLACES else f"`{config.data}`"
+    labels = facts["labels"]
+    kind, article = ("class-conditional", "A") if labels else ("unconditional", "An")
+    classes = f", {len(labels)} classes" if labels else ""
     rows = {
         "network": network,
         "weights": weights,
-        "data": f"{data}, {len(facts['labels'])} classes, digest {facts['run']['data'][:12]}",
+        "data": f"{data}{classes}, digest {facts['run']['data'][:12]}",
         "resolution": f"{config.resolution} px",
         "autoencoder": f"`{config.autoencoder}`, {facts['run']['autoencoder']}",
         "images seen": f"{images_seen:,}",
@@ -125,8 +127,8 @@ def model_card(
     rows |= {name: str(value) for name, value in (metrics or {}).items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
-        "---\nlicense: apache-2.0\nlibrary_name: diffusers\ntags: [class-conditional]\n---\n"
-        f"# {config.name}\n\nA class-conditional latent diffusion model, trained by `lamamba train`.\n\n"
+        f"---\nlicense: apache-2.0\nlibrary_name: diffusers\ntags: [{kind}]\n---\n"
+        f"# {config.name}\n\n{article} {kind} latent diffusion model, trained by `lamamba train`.\n\n"
         f"| | |\n| - | - |\n{table}\n\n"
         "The licence is that of the code; the data and the autoencoder have their own.\n\n"
         f"```json\n{json.dumps(facts['run']['config'], indent=1)}\n```\n"
@@ -136,17 +138,21 @@ def model_card(
 def _find_state(output_dir: Path, images_seen: int | None) -> SavedState:
     """A whole state of the run: that of `images_seen`, or the newest."""
     folders = state_folders(output_dir / "states")
-    kept = []
-    for folder in folders:
-        state = read_state(folder)
-        if state is not None and images_seen in (None, state.images_seen):
-            return state
-        kept.append(folder.name.removeprefix("state-").lstrip("0") or "0")
     if not folders:
         raise ValueError(f"run: {output_dir} given; a run's folder with saved states is accepted")
     if images_seen is None:
+        for folder in folders:
+            if (state := read_state(folder)) is not None:
+                return state
         raise ValueError(f"run: {output_dir} given; none of its states is whole")
-    raise ValueError(f"images: {images_seen} given; the run has states of {', '.join(kept)} images")
+    wanted = state_path(output_dir / "states", images_seen)
+    if wanted not in folders:
+        kept = ", ".join(folder.name.removeprefix("state-").lstrip("0") or "0" for folder in folders)
+        raise ValueError(f"images: {images_seen} given; the run has states of {kept} images")
+    state = read_state(wanted)
+    if state is None:
+        raise ValueError(f"images: {images_seen} given; {wanted} is damaged")
+    return state
 
 
 def _saved_weights(state: SavedState, kind: str, architecture: Architecture) -> dict[str, Tensor]:

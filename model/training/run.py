@@ -19,13 +19,14 @@ import shutil
 import signal
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
-from model.architecture import Architecture, architecture_fields
+from model.architecture import Architecture, architecture_fields, architecture_from_fields
 from model.model_folder import write_json
 from model.network.kinds import network_parameters
 from model.preview import fit_preview_map, write_preview_map
@@ -36,7 +37,7 @@ from model.training.data import TrainingData
 from model.training.export import export_run
 from model.training.network import build_network
 from model.training.samples import sample_grid
-from model.training.snapshots import write_snapshot
+from model.training.snapshots import take_back_snapshots, write_snapshot
 from model.training.source import Source
 from model.training.states import SavedState, StateFolder, load_tensors, newest_state
 from model.training.trainer import Trainer
@@ -80,7 +81,6 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
                 downsampling=data.downsampling,
                 in_channels=data.latent_channels,
             )
-            _require_room(config, architecture, world)
             with progress_display(shown=world.is_main) as progress:
                 run = _Run(config, data, architecture, world, progress)
                 return run.whole(stop, deadline=deadline)
@@ -116,9 +116,10 @@ class _Run:
             keep_every=config.keep_state_every,
             asynchronous=config.async_save,
         )
+        _require_room(config, architecture, world, self.states)
         state = newest_state(self.states.folder, world)
         if state is not None:
-            _require_same_run(config, run, state.facts["run"])
+            _require_same_run(config, self.facts, state.facts)
         self.source: Source = data.source(world, progress)
         network = build_network(config, architecture, world.device)
         parameters = sum(parameter.numel() for parameter in network.module.parameters())
@@ -151,6 +152,7 @@ class _Run:
                 trainer.prepare()
                 logger.info("ready to train after %.0f s", time.monotonic() - started)
             if world.is_main:
+                take_back_snapshots(self.output_dir / "snapshots", trainer.images_seen)
                 self.watch = Watch(
                     config,
                     self.progress,
@@ -181,29 +183,26 @@ class _Run:
     def _steps(self, stop: StopRequest, deadline: float) -> bool:
         """Train to `num_images`; False when the deadline came first."""
         config, trainer, world = self.config, self.trainer, self.world
-        saved_at = time.monotonic()
+        saved_at, healthy = time.monotonic(), True
         while trainer.images_seen < config.num_images:
             trainer.train_step()
             finished = trainer.images_seen >= config.num_images
             if trainer.step % config.log_every == 0 or finished:
                 self._record()
-                now = time.monotonic()
-                late, due = world.shared((now > deadline, now - saved_at > config.state_every_s))
                 healthy = self._roll_back_if_needed()
-                if finished or late or (due and healthy):
-                    self._save()
-                    saved_at = now
-                if late and not finished:
-                    self.states.finish()
-                    return False
             if self._is_due(config.snapshot_every) or (finished and config.snapshot_every):
                 self._write_snapshot()
             if self._is_due(config.sample_every):
                 self._draw_samples()
             self.states.poll()
-            received = world.largest(stop.received or 0)
-            if received:
+            now = time.monotonic()
+            received, late, due = world.largest_of_each(
+                [stop.received or 0, now > deadline, now - saved_at > config.state_every_s]
+            )
+            if finished or received or late or (due and healthy):
                 self._save()
+                saved_at = time.monotonic()
+            if received:
                 self.states.finish()
                 logger.info(
                     "%s: stopped after %d images; the same command goes on",
@@ -211,6 +210,9 @@ class _Run:
                     trainer.images_seen,
                 )
                 raise SystemExit(128 + received)
+            if late and not finished:
+                self.states.finish()
+                return False
         return True
 
     def _is_due(self, every: int) -> bool:
@@ -240,7 +242,7 @@ class _Run:
         images = self.trainer.images_seen
         what = f"{in_a_row} steps in a row without finite gradients, up to image {images}"
         self.states.finish()
-        state = newest_state(self.states.folder, self.world)
+        state = newest_state(self.states.folder, self.world, healthy=True)
         if state is None or self.rollbacks >= self.config.max_rollbacks:
             reason = (
                 "there is no saved state yet" if state is None else f"{self.rollbacks} rollbacks did not help"
@@ -264,7 +266,9 @@ class _Run:
         self.trainer.go_on_from(images_seen)
 
     def _save(self) -> None:
-        self.states.save(self.trainer.images_seen, self.trainer.tensors(), self.facts)
+        trainer = self.trainer
+        healthy = int(trainer.optimizer.skipped_in_a_row) == 0
+        self.states.save(trainer.images_seen, trainer.tensors(), self.facts, healthy=healthy)
 
     def _write_snapshot(self) -> None:
         trainer = self.trainer
@@ -277,16 +281,17 @@ class _Run:
             write_snapshot(self.output_dir / "snapshots", trainer.images_seen, tracks)
 
     def _draw_samples(self) -> None:
-        weights = {name: whole_tensor(average) for name, average in self.trainer.ema.items()}
-        if self.watch is not None:
-            pixels = sample_grid(
-                self.trainer.network.with_weights(weights),
-                self.source.autoencoder,
-                self.data.labels,
-                device=self.world.device,
-                gpu_dtype=self.config.gpu_dtype,
-            )
-            self.watch.picture(self.trainer.images_seen, pixels)
+        with nullcontext() if self.watch is None else self.watch.paused():
+            weights = {name: whole_tensor(average) for name, average in self.trainer.ema.items()}
+            if self.watch is not None:
+                pixels = sample_grid(
+                    self.trainer.network.with_weights(weights),
+                    self.source.autoencoder,
+                    self.data.labels,
+                    device=self.world.device,
+                    gpu_dtype=self.config.gpu_dtype,
+                )
+                self.watch.picture(self.trainer.images_seen, pixels)
         self.world.barrier()
 
     def _write_previews(self) -> None:
@@ -299,8 +304,12 @@ class _Run:
         )
 
 
-def _require_same_run(config: TrainConfig, run: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """ValueError unless `run` may go on from the state of `earlier`; what it changes is logged."""
+def _require_same_run(config: TrainConfig, facts: dict[str, Any], saved: dict[str, Any]) -> None:
+    """ValueError unless a run of `facts` may go on from a state of `saved`; what it changes is logged.
+
+    Data, autoencoder and network are what they hold, wherever they lie and however they are spelled.
+    """
+    run, earlier = facts["run"], saved["run"]
     changes = config.changes_since(earlier["config"])
     if run["autoencoder"] != earlier["autoencoder"]:
         raise ValueError(
@@ -313,8 +322,15 @@ def _require_same_run(config: TrainConfig, run: dict[str, Any], earlier: dict[st
             f"data: {config.data} with digest {run['data'][:12]} given; the run in {config.output_dir} was "
             f"started on {earlier['data'][:12]}, continue with that or choose another output_dir"
         )
-    for name, (before, now) in changes.items():
-        logger.info("%s: %r from here on, %r before", name, now, before)
+    before = architecture_fields(architecture_from_fields(saved["architecture"]))
+    for name, now in facts["architecture"].items():
+        if before.get(name) != now:
+            raise ValueError(
+                f"network.{name}: {now!r} given; the run in {config.output_dir} was started with "
+                f"{before.get(name)!r}, continue with that or choose another output_dir"
+            )
+    for name, (earlier_value, value) in changes.items():
+        logger.info("%s: %r from here on, %r before", name, value, earlier_value)
 
 
 def _require_installed(config: TrainConfig) -> None:
@@ -322,15 +338,14 @@ def _require_installed(config: TrainConfig) -> None:
         raise ValueError("wandb: not installed; pip install 'lamamba[wandb]', or leave the field out")
 
 
-def _require_room(config: TrainConfig, architecture: Architecture, world: World) -> None:
+def _require_room(config: TrainConfig, architecture: Architecture, world: World, states: StateFolder) -> None:
     """ValueError where disk or memory cannot hold the run's state, whatever else it needs."""
     parameters = network_parameters(architecture)
     state_bytes = 4 * parameters * (4 + len(config.ema_tracks))  # weights, two moments, EMA
     folder = Path(config.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
-    kept = sum(file.stat().st_size for file in (Path(config.output_dir) / "states").rglob("*.distcp"))
-    needed, free = (config.keep_states + 1) * state_bytes - kept, shutil.disk_usage(folder).free
+    needed, free = states.bytes_to_save(state_bytes), shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
             f"output_dir: {config.output_dir} has {free / 2**30:.1f} GiB free; {needed / 2**30:.1f} GiB are "

@@ -14,7 +14,7 @@ from torch import Tensor
 from model.training.averages import snapshot_weights, track_name
 from model.whole_file import whole_file
 
-__all__ = ["average_of_length", "write_snapshot"]
+__all__ = ["average_of_length", "take_back_snapshots", "write_snapshot"]
 
 _NAME = re.compile(r"averages-(\d+)\.safetensors")
 _TRACKS = "sigma_rel"
@@ -32,6 +32,13 @@ def write_snapshot(folder: Path, images_seen: int, tracks: Mapping[float, Mappin
         save_file(tensors, temporary, metadata={_TRACKS: " ".join(map(str, tracks))})
 
 
+def take_back_snapshots(folder: Path, images_seen: int) -> None:
+    """Remove those of steps that are taken again, perhaps otherwise: an average has one run's alone."""
+    for images, path in _files(folder).items():
+        if images > images_seen:
+            path.unlink()
+
+
 def average_of_length(
     folder: Path, sigma_rel: float, *, images_seen: int | None = None
 ) -> tuple[dict[str, Tensor], int]:
@@ -39,7 +46,7 @@ def average_of_length(
 
     By parameter, fp32 on the CPU. Raises ValueError where the snapshots are too few.
     """
-    files = {int(match.group(1)): path for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))}
+    files = _files(folder)
     if not files or (images_seen is not None and images_seen not in files):
         raise ValueError(
             f"sigma_rel: {folder} has no snapshot of {images_seen or 'any'} images; a run with ema_tracks "
@@ -61,3 +68,8 @@ def average_of_length(
                 part = file.get_tensor(key).float() * weight
                 average[name] = average[name] + part if name in average else part
     return average, time
+
+
+def _files(folder: Path) -> dict[int, Path]:
+    """By images."""
+    return {int(match.group(1)): path for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))}

@@ -2,7 +2,7 @@
 
 A state is a folder `state-<images>` of torch.distributed.checkpoint's files, of which each rank writes its
 part, and of `run.json`, which says what they belong to. It is written under another name, flushed to the disk
-and renamed; then `latest` names it, and only then are older ones removed. All ranks see one file system.
+and renamed, and only then are older ones removed. All ranks see one file system.
 
 A state that the disk damaged is renamed to `*.damaged`, so that it never counts as one again. Each tensor's
 record has a checksum, which is looked at before anything is loaded. What was saved by some ranks is loaded by
@@ -48,16 +48,23 @@ __all__ = [
     "load_tensors",
     "newest_state",
     "state_folders",
+    "state_path",
 ]
 
 logger = logging.getLogger(__name__)
 
 VERSION = 2  # 1 were single files
 FACTS_FILE = "run.json"
-_LATEST_FILE = "latest"
 _METADATA_FILE = ".metadata"
 _WRITING_THREADS = 4  # of a rank, each with a file: a single one is bound by a core, and XL's state has 10 GB
 _NAME = re.compile(r"state-(\d+)")
+_LEFT_OVER = ".state-*.tmp"  # of a save, or of a removal, that was broken off
+_FACTS: dict[str, type] = {  # what run.json says of every state
+    "version": int,
+    "images_seen": int,
+    "metadata_sha256": str,
+    "files": dict,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,20 +98,27 @@ class StateFolder:
         self._newest = -1
         self._pending: tuple[Future[Any], Path, Path, dict[str, Any]] | None = None
 
-    def save(self, images_seen: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Write `tensors` and what they belong to, plain values; nothing where that was just done."""
+    def save(
+        self, images_seen: int, tensors: dict[str, Tensor], facts: dict[str, Any], *, healthy: bool = True
+    ) -> None:
+        """Write `tensors` and what they belong to, plain values; nothing where that was just done.
+
+        Where not `healthy`, the last step had no finite gradients: the run may go on from there, but such a
+        state never takes a healthy one's place.
+        """
         if images_seen == self._newest:
             return
         self.finish()
         self._newest, started = images_seen, time.monotonic()
-        path = self.folder / f"state-{images_seen:012d}"
+        path = state_path(self.folder, images_seen)
         temporary = self.folder / f".{path.name}.tmp"
         if self._world.is_main:
-            for left in self.folder.glob(".state-*.tmp"):
+            for left in self.folder.glob(_LEFT_OVER):
                 shutil.rmtree(left)
             temporary.mkdir(parents=True)
         self._world.barrier()
-        content = {"version": VERSION, "images_seen": images_seen, "world_size": self._world.size} | facts
+        content = {"version": VERSION, "images_seen": images_seen, "world_size": self._world.size}
+        content |= {"healthy": healthy} | facts
         threads = _WRITING_THREADS if self._world.device.type == "cuda" else 1
         options: dict[str, Any] = {
             "storage_writer": FileSystemWriter(temporary, thread_count=threads),
@@ -120,6 +134,17 @@ class StateFolder:
             save(dict(tensors), **options)
         self._publish(temporary, path, content)
         logger.info("%s: saved in %.1f s", path, time.monotonic() - started)
+
+    def bytes_to_save(self, state_bytes: int) -> int:
+        """What has to be free for states of so many bytes: for all that are kept, without those kept for
+        good, and for one more while it is written.
+        """
+        folders = state_folders(self.folder)
+        for_good = self._kept_for_good([folder for folder in folders if _is_healthy(_facts(folder))])
+        replaced = sum(_bytes(folder) for folder in folders if folder not in for_good)
+        removed_first = sum(map(_bytes, self.folder.glob(_LEFT_OVER)))
+        # However many states there are, the next is written before one of them goes.
+        return max((self._keep + 1) * state_bytes - replaced, state_bytes) - removed_first
 
     def poll(self) -> None:
         """Publish a state whose writing has ended."""
@@ -148,21 +173,31 @@ class StateFolder:
             _remove(path)
         temporary.replace(path)
         _flush_folder(self.folder)
-        with whole_file(self.folder / _LATEST_FILE) as file:
-            file.write_text(path.name + "\n", encoding="utf-8")
-        self._prune(path)
+        self._prune(path, healthy=content["healthy"])
 
-    def _prune(self, newest: Path) -> None:
+    def _prune(self, newest: Path, *, healthy: bool) -> None:
         others = [folder for folder in state_folders(self.folder) if folder != newest]
-        kept = {newest, *others[: self._keep - 1]}
-        if self._keep_every:
-            first: dict[int, Path] = {}
-            for folder in reversed(others):
-                first.setdefault(_images(folder) // self._keep_every, folder)
-            kept |= {folder for part, folder in first.items() if part > 0}
+        healthy_ones = [folder for folder in others if _is_healthy(_facts(folder))]
+        # Beside an unhealthy one stays what a rollback can go back to.
+        kept = {newest, *healthy_ones[: self._keep - 1 if healthy else max(self._keep - 1, 1)]}
+        kept |= self._kept_for_good(healthy_ones)
         for folder in others:
             if folder not in kept:
                 _remove(folder)
+
+    def _kept_for_good(self, healthy_ones: list[Path]) -> set[Path]:
+        """The first state of each part of the run, of these, newest first."""
+        if not self._keep_every:
+            return set()
+        first: dict[int, Path] = {}
+        for folder in reversed(healthy_ones):
+            first.setdefault(_images(folder) // self._keep_every, folder)
+        return {folder for part, folder in first.items() if part > 0}
+
+
+def state_path(folder: Path, images_seen: int) -> Path:
+    """Where the state after so many images lies, or would lie."""
+    return folder / f"state-{images_seen:012d}"
 
 
 def state_folders(folder: Path) -> list[Path]:
@@ -172,8 +207,10 @@ def state_folders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def newest_state(folder: Path, world: World) -> SavedState | None:
+def newest_state(folder: Path, world: World, *, healthy: bool = False) -> SavedState | None:
     """The newest whole state of `folder`, or None; damaged ones are set aside. All ranks call it together.
+
+    `healthy`: one whose last step had finite gradients.
 
     Raises ValueError for states of another version of this format.
     """
@@ -182,6 +219,8 @@ def newest_state(folder: Path, world: World) -> SavedState | None:
     for path in world.shared([str(path) for path in state_folders(folder)]):
         state = read_state(Path(path), part=world.rank, parts=world.size)
         if not world.largest(state is None):
+            if healthy and state is not None and not _is_healthy(state.facts):
+                continue
             return state
         if world.is_main:
             aside = Path(path).with_name(f"{Path(path).name}.damaged")
@@ -195,13 +234,15 @@ def newest_state(folder: Path, world: World) -> SavedState | None:
 
 def read_state(folder: Path, *, part: int = 0, parts: int = 1) -> SavedState | None:
     """The state in `folder`, or None where it is damaged; of `parts` equal parts, `part` is looked at."""
-    try:
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-        metadata = (folder / _METADATA_FILE).read_bytes()
-    except (OSError, ValueError):
+    facts = _facts(folder)
+    if "version" in facts and facts["version"] != VERSION:
+        raise ValueError(f"{folder}: version {facts['version']} of a saved state; {VERSION} is accepted")
+    if not all(isinstance(facts.get(name), kind) for name, kind in _FACTS.items()):
         return None
-    if facts.get("version") != VERSION:
-        raise ValueError(f"{folder}: version {facts.get('version')} of a saved state; {VERSION} is accepted")
+    try:
+        metadata = (folder / _METADATA_FILE).read_bytes()
+    except OSError:
+        return None
     if hashlib.sha256(metadata).hexdigest() != facts["metadata_sha256"]:
         return None
     for name, size in facts["files"].items():
@@ -214,7 +255,7 @@ def read_state(folder: Path, *, part: int = 0, parts: int = 1) -> SavedState | N
             file.seek(record.offset)
             if not _is_whole(file.read(record.length)):
                 return None
-    return SavedState(folder=folder, images_seen=int(facts["images_seen"]), facts=facts)
+    return SavedState(folder=folder, images_seen=facts["images_seen"], facts=facts)
 
 
 def load_tensors(state: SavedState, tensors: dict[str, Tensor], world: World | None = None) -> None:
@@ -241,6 +282,19 @@ def load_tensors(state: SavedState, tensors: dict[str, Tensor], world: World | N
         )
 
 
+def _facts(folder: Path) -> dict[str, Any]:
+    """What `run.json` says; nothing where it cannot be read."""
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _is_healthy(facts: dict[str, Any]) -> bool:
+    return facts.get("healthy", True) is True  # states of earlier versions of this package do not say
+
+
 def _metadata(folder: Path) -> Metadata:
     return FileSystemReader(folder).read_metadata()
 
@@ -258,6 +312,10 @@ def _images(folder: Path) -> int:
     match = _NAME.fullmatch(folder.name)
     assert match is not None
     return int(match.group(1))
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.distcp"))
 
 
 def _remove(folder: Path) -> None:

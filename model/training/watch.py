@@ -11,6 +11,8 @@ import logging
 import math
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,15 @@ class Watch:
         if self._wandb is not None:
             image = importlib.import_module("wandb").Image(str(path))
             self._wandb.log({"images": images_seen, "samples": image})
-        self._time = time.monotonic()  # images a second are those of training
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block out of images a second, which are those of training; waits for the device first."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        started = time.monotonic()
+        yield
+        self._time += time.monotonic() - started
 
     def close(self) -> None:
         """Write what is not yet written."""
@@ -133,7 +143,7 @@ class Watch:
 
 
 def _take_back(path: Path, images_seen: int) -> None:
-    """Remove the records of steps that are taken again, and a line that a crash broke off."""
+    """Remove the records of steps that are taken again, and lines that are none, as a crash leaves them."""
     if not path.exists():
         return
     kept = []
@@ -142,7 +152,8 @@ def _take_back(path: Path, images_seen: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record["images"] <= images_seen:
+        images = record.get("images") if isinstance(record, dict) else None
+        if isinstance(images, int) and images <= images_seen:
             kept.append(line + "\n")
     with whole_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

@@ -8,11 +8,14 @@ device, and which gives up on a silent rank after `rank_timeout_s`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +40,10 @@ __all__ = [
     "sum_over_ranks",
     "whole_tensor",
 ]
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_EVERY_S = 1.0
 
 
 class RankLost(RuntimeError):
@@ -123,21 +130,28 @@ class World:
         except RuntimeError as error:
             # gloo raises no class of its own, but names its file.
             if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise RankLost(
+                lost = RankLost(
                     f"rank {rank} of {size}: another rank is gone, or was silent for {rank_timeout_s:g} s "
                     "(rank_timeout_s); its log says why. The same command goes on from the newest saved state"
-                ) from error
+                )
+                # Now: on CUDA the end of the group may wait for a message that nobody answers.
+                logger.error("%s", lost)
+                raise lost from error
             raise
         finally:
             dist.destroy_process_group()
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' numbers, on every rank."""
+        return self.largest_of_each([value])[0]
+
+    def largest_of_each(self, values: list[int]) -> list[int]:
+        """The largest of the ranks' numbers at each place of the list, on every rank, by one message."""
         if self.control is None:
-            return value
-        number = torch.tensor(value)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.control)
-        return int(number)
+            return values
+        numbers = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.control)
+        return numbers.tolist()
 
     def shared(self, value: Value) -> Value:
         """The main rank's value, on every rank."""
@@ -154,6 +168,36 @@ class World:
         summed = values.clone()
         dist.all_reduce(summed)
         return summed / self.size
+
+    @contextmanager
+    def main_rank_first(self) -> Iterator[None]:
+        """The block on the main rank, then on the others, who wait for as long as that takes.
+
+        A barrier would give up on the main rank after `rank_timeout_s`. Here a thread of it goes on answering
+        the others, who so notice when it is gone. The block must send no messages.
+        """
+        if self.control is None:
+            yield
+            return
+        if not self.is_main:
+            while not self.largest(0):
+                pass
+            yield
+            return
+        done = Event()
+
+        def answer() -> None:
+            while not done.wait(_ANSWER_EVERY_S):
+                self.largest(0)
+            self.largest(1)
+
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(answer)
+            try:
+                yield
+            finally:
+                done.set()
+        answers.result()
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -26,6 +26,7 @@ def _config(**fields: Any) -> TrainConfig:
         ({"batch_size": 2.5}, "batch_size: 2.5 given; an integer of at least 1 is accepted"),
         ({"num_images": "abc"}, "num_images: 'abc' given; an integer of at least 1 is accepted"),
         ({"seed": True}, "seed: True given; an integer of at least 0 is accepted"),
+        ({"seed": 2**63}, f"seed: {2**63} given; at most {2**63 - 1} is accepted"),
         ({"warmup_images": -1}, "warmup_images: -1 given; an integer of at least 0 is accepted"),
         (
             {"num_images": 8, "warmup_images": 8},
@@ -48,6 +49,10 @@ def _config(**fields: Any) -> TrainConfig:
         ({"logit_normal": [0.0, 0.0]}, "given; a pair of numbers, the second above 0, is accepted"),
         ({"logit_normal": [math.nan, 1.0]}, r"logit_normal: \[nan, 1.0\] given; a pair of numbers"),
         ({"compile": False}, "compile: False given; one of none, block, full is accepted"),
+        (
+            {"compile": "full", "parallel": "fsdp"},
+            "compile: 'full' given; with parallel=fsdp, none or block is accepted",
+        ),
         ({"cuda_graph": 1}, "cuda_graph: 1 given; one of False, True is accepted"),
         ({"network": "XL"}, "network: 'XL' given; a mapping of the network's fields is accepted"),
         ({"autoencoder": ""}, "autoencoder: '' given; a text is accepted"),
@@ -92,10 +97,33 @@ def test_changes_since_names_what_a_resumed_run_does_otherwise() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"batch_size": 4}, {"resolution": 256}, {"seed": 1}, {"num_views": 9}, {"network": {"hidden_size": 8}}],
+    [{"batch_size": 4}, {"resolution": 256}, {"seed": 1}, {"num_views": 9}, {"ema_tracks": [0.1]}],
     ids=lambda fields: next(iter(fields)),
 )
 def test_changes_since_refuses_another_run(fields: dict[str, Any]) -> None:
     message = f"{next(iter(fields))}: .* given; the run in runs/tiny was started with"
     with pytest.raises(ValueError, match=message):
         _config(**fields).changes_since(_config().to_dict())
+
+
+def test_network_config_follows_from_data_and_autoencoder() -> None:
+    sizes = {"num_classes": 21, "downsampling": 8, "in_channels": 4}
+    stated = {"num_classes": 21, "in_channels": 4, "sample_size": 16}
+    assert _config(network=stated).network_config(**sizes) == _config().network_config(**sizes)
+    assert _config(network={"num_classes": 0}).network_config(**sizes).num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "accepted"),
+    [
+        ("num_classes", 20, "21 or 0"),
+        ("num_classes", 1000, "21 or 0"),
+        ("num_classes", None, "21 or 0"),
+        ("in_channels", 3, "4"),
+        ("sample_size", 32, "16"),
+    ],
+)
+def test_network_config_refuses_what_contradicts_the_data(field: str, given: Any, accepted: str) -> None:
+    config = _config(network={field: given})
+    with pytest.raises(ValueError, match=rf"network\.{field}: {given} given; {accepted}, which follows from"):
+        config.network_config(num_classes=21, downsampling=8, in_channels=4)

@@ -58,3 +58,6 @@ def test_smoke_trains_and_exports_other_networks(
     assert (len(pipeline.labels), pipeline.num_classes, pipeline.resolution) == (num_classes, num_classes, 64)
     assert isinstance(pipeline.network, DiT if network is DIT else LaMambaDiff)
     assert pipeline.generate([0], seeds=[0], num_inference_steps=1).shape == (1, 64, 64, 3)
+    card = (folder / "README.md").read_text()
+    assert ("An unconditional latent diffusion model" in card) == (num_classes == 0)
+    assert ("class" in card.split("```")[0]) == (num_classes > 0)

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +28,11 @@ from model.training.network import build_network
 from model.training.objective import Losses
 from model.training.run import Diverged, train
 from model.training.source import CachedSource
+from model.training.states import FACTS_FILE, SavedState, read_state
 from model.training.trainer import Trainer
 from model.training.world import World
 from service.benchmark.server import free_port
+from tests.latents_cache import save_latents
 
 # Few parameters: each is a record of every state.
 TINY = {"layout": "isotropic", "hidden_size": 8, "num_heads": 2, "depths": [2], "bottleneck_depth": 0}
@@ -100,6 +103,26 @@ def test_a_resumed_run_is_bitwise_the_straight_run(make_config: Callable[..., Tr
         assert train(dataclasses.replace(broken, stop_after_s=1e-9), device="cpu") is None
     assert train(broken, device="cpu") is not None
     assert _weights(broken) == _weights(straight)
+
+
+def test_the_deadline_and_states_do_not_wait_for_a_log_line(make_config: Callable[..., TrainConfig]) -> None:
+    config = make_config("slow", log_every=1000, keep_states=9, snapshot_every=8, ema_tracks=[0.1])
+    run = Path(config.output_dir)
+    assert train(dataclasses.replace(config, stop_after_s=1e-9), device="cpu") is None
+    assert [path.name for path in (run / "states").glob("state-*")] == ["state-000000000008"]
+    assert [path.name for path in (run / "snapshots").iterdir()] == ["averages-000000000008.safetensors"]
+    assert train(dataclasses.replace(config, state_every_s=1e-9), device="cpu") is not None
+    assert len(list((run / "states").glob("state-*"))) == 5
+
+
+def test_a_resumed_run_takes_back_snapshots_that_come_again(make_config: Callable[..., TrainConfig]) -> None:
+    config = make_config("back", num_images=24, snapshot_every=8, ema_tracks=[0.1], state_every_s=1e-9)
+    train(config, device="cpu")
+    run = Path(config.output_dir)
+    shutil.rmtree(run / "states" / "state-000000000024")
+    assert train(dataclasses.replace(config, snapshot_every=0, stop_after_s=1e-9), device="cpu") is not None
+    images = [path.stem.removeprefix("averages-").lstrip("0") for path in (run / "snapshots").iterdir()]
+    assert sorted(images) == ["16", "8"]
 
 
 def test_train_learns(make_config: Callable[..., TrainConfig]) -> None:
@@ -201,7 +224,7 @@ def test_samples_are_drawn_when_their_number_is_passed(make_config: Callable[...
 
 
 def test_export_writes_any_kept_state_and_any_length(
-    make_config: Callable[..., TrainConfig], tmp_path: Path
+    make_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(
         "kept",
@@ -223,6 +246,9 @@ def test_export_writes_any_kept_state_and_any_length(
     assert exported() == _weights(config)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| images seen | 40 |" in card
+    assert "tags: [class-conditional]" in card
+    assert "A class-conditional latent diffusion model" in card
+    assert "views of `places`, 21 classes, digest" in card
     different = [
         exported(images_seen=16),
         exported(weights="network"),
@@ -234,6 +260,19 @@ def test_export_writes_any_kept_state_and_any_length(
     assert LaMambaPipeline.load(tmp_path / "model", device="cpu").has_previews
     with pytest.raises(ValueError, match=r"images: 24 given; the run has states of 40, 32, 16 images"):
         exported(images_seen=24)
+    looked_at: list[Path] = []
+
+    def looking(folder: Path) -> SavedState | None:
+        looked_at.append(folder)
+        return read_state(folder)
+
+    with monkeypatch.context() as context:
+        context.setattr("model.training.export.read_state", looking)
+        exported(images_seen=16)
+        assert [folder.name for folder in looked_at] == ["state-000000000016"]
+        (run / "states" / "state-000000000032" / FACTS_FILE).write_text("[]")
+        with pytest.raises(ValueError, match=r"images: 32 given; .*state-000000000032 is damaged"):
+            exported(images_seen=32)
     with pytest.raises(ValueError, match=r"weights: 'best' given; ema or network is accepted"):
         exported(weights="best")
     with pytest.raises(ValueError, match=r"run: .* given; a run's folder with saved states is accepted"):
@@ -411,6 +450,25 @@ def test_train_refuses_to_mix_two_runs(make_config: Callable[..., TrainConfig]) 
     train(make_config("mixed", num_images=8), device="cpu")
     with pytest.raises(ValueError, match=r"batch_size: 4 given; the run in .* was started with 8"):
         train(make_config("mixed", batch_size=4), device="cpu")
+
+
+def test_a_run_is_known_by_its_network_and_data_not_by_their_spelling(
+    make_config: Callable[..., TrainConfig], autoencoder: Path, tmp_path: Path
+) -> None:
+    latents = tmp_path / "latents"
+    save_latents(latents, (8,), side=8, autoencoder=Autoencoder.load(autoencoder).weights_hash)
+    fields = {"data": str(latents), "num_images": 8}
+    train(make_config("known", **fields), device="cpu")
+    shutil.move(latents, tmp_path / "moved")
+    fields = {"data": str(tmp_path / "moved"), "num_images": 16}
+    for changed, message in (
+        ({"hidden_size": 12}, r"network\.hidden_size: 12 given; the run in .* was started with 8, continue"),
+        ({"num_classes": 0}, r"network\.num_classes: 0 given; the run in .* was started with 3, continue"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(make_config("known", **fields, network=TINY | changed), device="cpu")
+    spelled = TINY | {"kind": "lamamba", "num_classes": 3, "patch_size": 1}
+    assert train(make_config("known", **fields, network=spelled), device="cpu") is not None
 
 
 def test_train_takes_other_optimizer_settings_on_resume(

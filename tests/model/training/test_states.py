@@ -52,13 +52,52 @@ def test_save_round_trips(tmp_path: Path, asynchronous: bool) -> None:
     load_tensors(state, loaded)
     assert (state.images_seen, state.facts["run"], state.facts["world_size"]) == (8, "this", 1)
     assert float(loaded["w"].mean()) == 7.0
-    assert (tmp_path / "latest").read_text() == "state-000000000008\n"
+    assert _names(tmp_path) == ["state-000000000008"]
 
 
 def test_save_keeps_the_newest_and_the_first_of_each_part(tmp_path: Path) -> None:
     _save(tmp_path, *range(10, 100, 10), keep=2, keep_every=25)
-    images = [int(name.removeprefix("state-")) for name in _names(tmp_path) if name.startswith("state-")]
-    assert images == [30, 50, 80, 90]
+    assert _images(tmp_path) == [30, 50, 80, 90]
+
+
+def _images(folder: Path) -> list[int]:
+    return [int(name.removeprefix("state-")) for name in _names(folder) if name.startswith("state-")]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_states_without_finite_gradients_never_push_out_those_before(tmp_path: Path, keep: int) -> None:
+    _save(tmp_path, 10, 20, keep=keep)
+    states = StateFolder(tmp_path, WORLD, keep=keep)
+    for images in (30, 40, 50):
+        states.save(images, _tensors(), {}, healthy=False)
+    assert _images(tmp_path) == ([10, 20, 50] if keep == 3 else [20, 50])
+    assert _newest(tmp_path).images_seen == 50
+    state = newest_state(tmp_path, WORLD, healthy=True)
+    assert state is not None
+    assert state.images_seen == 20
+    _save(tmp_path, 60, keep=keep)
+    assert _images(tmp_path) == [10, 20, 60][3 - keep :]
+
+
+def test_only_what_saving_frees_counts_as_room(tmp_path: Path) -> None:
+    def needed(size: int) -> int:
+        return StateFolder(tmp_path, WORLD, keep=2, keep_every=25).bytes_to_save(size)
+
+    def put(name: str) -> None:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "__0_0.distcp").write_bytes(b"x" * 100)
+
+    assert needed(100) == 300
+    put("state-000000000010")
+    assert needed(100) == 200
+    put("state-000000000030")  # the first of its 25: kept for good
+    put("state-000000000020.damaged")
+    assert needed(100) == 200
+    for images in (11, 12, 31, 32):
+        put(f"state-{images:012d}")
+    assert needed(100) == 100
+    put(".state-000000000033.tmp")
+    assert needed(100) == 0
 
 
 @pytest.mark.parametrize("kept_share", [0.0, 0.5, 0.99], ids=["empty", "half", "end-missing"])
@@ -70,7 +109,7 @@ def test_newest_state_falls_back_past_a_truncated_one(
     file.write_bytes(file.read_bytes()[: int(kept_share * file.stat().st_size)])
     assert _newest(tmp_path).images_seen == 1
     assert "damaged" in caplog.text
-    assert _names(tmp_path) == ["latest", "state-000000000001", "state-000000000002.damaged"]
+    assert _names(tmp_path) == ["state-000000000001", "state-000000000002.damaged"]
     _save(tmp_path, 2)
     assert _newest(tmp_path).images_seen == 2
 
@@ -81,6 +120,22 @@ def test_newest_state_finds_what_is_missing_or_garbage(tmp_path: Path, file: str
     (tmp_path / "state-000000000003" / file).unlink()
     path = tmp_path / "state-000000000002" / file
     path.write_bytes(b"x" * path.stat().st_size)
+    assert _newest(tmp_path).images_seen == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "null",
+        "{}",
+        '{"version": 2}',
+        '{"version": 2, "metadata_sha256": "", "files": [], "images_seen": 2}',
+    ],
+)
+def test_newest_state_takes_other_json_for_damage(tmp_path: Path, content: str) -> None:
+    _save(tmp_path, 1, 2)
+    (tmp_path / "state-000000000002" / FACTS_FILE).write_text(content)
     assert _newest(tmp_path).images_seen == 1
 
 

@@ -26,7 +26,7 @@ def _watch(folder: Path, *, images_seen: int = 0, **fields: Any) -> Watch:
         config,
         progress_display(shown=False),
         images_seen=images_seen,
-        full_speed=1e9,
+        full_speed=16.0,
         device=torch.device("cpu"),
     )
 
@@ -35,8 +35,17 @@ def _log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_record_tells_what_happened(tmp_path: Path) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The watch's time, which stands still at `now`."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("model.training.watch.time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_record_tells_what_happened(tmp_path: Path, clock: SimpleNamespace) -> None:
     watch = _watch(tmp_path, tensorboard=False)
+    clock.now += 2.0
     watch.record(8, VALUES | {"vb": float("nan")}, skipped_steps=1)
     watch.close()
     (record,) = _log(tmp_path)
@@ -46,8 +55,19 @@ def test_record_tells_what_happened(tmp_path: Path) -> None:
         "loss": 0.5,
         "skipped_steps": 1,
     }
-    assert record["images_per_second"] > 0
-    assert record["mfu"] >= 0
+    assert (record["images_per_second"], record["mfu"]) == (4.0, 0.25)
+
+
+def test_a_grid_of_samples_leaves_the_speed_as_it_is(tmp_path: Path, clock: SimpleNamespace) -> None:
+    watch = _watch(tmp_path, tensorboard=False)
+    clock.now += 1.0  # 4 of the 8 images
+    with watch.paused():
+        clock.now += 50.0
+        watch.picture(4, np.zeros((4, 4, 3), np.uint8))
+    clock.now += 1.0
+    watch.record(8, VALUES, skipped_steps=0)
+    (record,) = _log(tmp_path)
+    assert (record["images_per_second"], record["mfu"]) == (4.0, 0.25)
 
 
 def test_a_resumed_run_takes_back_what_comes_again(tmp_path: Path) -> None:
@@ -55,6 +75,7 @@ def test_a_resumed_run_takes_back_what_comes_again(tmp_path: Path) -> None:
     for images in (8, 16, 24):
         watch.record(images, VALUES, skipped_steps=0)
     with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('null\n8\n{"loss": 0.5}\n{"images": null}\n')
         file.write('{"images": 32, "lo')  # where the process was killed
     _watch(tmp_path, images_seen=16, tensorboard=False).record(24, VALUES, skipped_steps=0)
     assert [record["images"] for record in _log(tmp_path)] == [8, 16, 24]
