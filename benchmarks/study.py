@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.study_report import FLOOR, draw
 from model.architecture import Architecture, architecture_fields
 from model.autoencoder import to_pixels
-from model.benchmark.environment import RESULTS, environment, write_json
+from model.benchmark.environment import RESULTS, environment
 from model.data.places import RESERVED_VIEW_IDS, Places
 from model.device import resolve_device
 from model.evaluation.features import EfficientNetLite2, FeatureExtractor
@@ -53,6 +53,7 @@ from model.pipeline import LaMambaPipeline
 from model.recipes import load_recipe
 from model.training.config import TrainConfig
 from model.training.run import Diverged, train
+from model.whole_file import write_json
 
 RECIPES = (
     *("imagenet-256-s", "imagenet-256-dit-s-2", "imagenet-256-s-no-attention", "imagenet-256-s-no-shift"),

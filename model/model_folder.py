@@ -54,7 +54,6 @@ __all__ = [
     "read_model_index",
     "save_model_folder",
     "weights_hash",
-    "write_json",
     "write_model_index",
     "write_scheduler",
 ]

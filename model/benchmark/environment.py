@@ -15,7 +15,7 @@ import torch
 
 from model.whole_file import write_json
 
-__all__ = ["RESULTS", "device_slug", "environment", "write_json", "write_results"]
+__all__ = ["RESULTS", "device_slug", "environment", "write_results"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _IN_CHECKOUT = (_ROOT / "benchmarks" / "results").is_dir()

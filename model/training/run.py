@@ -27,7 +27,7 @@ import torch
 from rich.progress import Progress
 
 from model.architecture import Architecture, architecture_fields, architecture_from_fields
-from model.model_folder import write_json
+from model.launched import launched_world_size
 from model.network.kinds import network_parameters
 from model.preview import fit_preview_map, write_preview_map
 from model.progress import progress_display
@@ -42,7 +42,8 @@ from model.training.source import Source
 from model.training.states import SavedState, StateFolder, load_tensors, newest_state
 from model.training.trainer import Trainer
 from model.training.watch import Watch, peak_flops
-from model.training.world import World, launched_world_size, whole_tensor
+from model.training.world import World, whole_tensor
+from model.whole_file import write_json
 
 __all__ = ["Diverged", "train"]
 

@@ -26,14 +26,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from model.device import make_current, resolve_device
+from model.launched import launched_local_rank, launched_rank, launched_world_size
 
 Value = TypeVar("Value")
 
 __all__ = [
     "RankLost",
     "World",
-    "launched_rank",
-    "launched_world_size",
     "local_shard",
     "shard_network",
     "sharded_like",
@@ -48,16 +47,6 @@ _ANSWER_EVERY_S = 1.0
 
 class RankLost(RuntimeError):
     """Another process of the run ended or fell silent; one line for people."""
-
-
-def launched_rank() -> int:
-    """This process's number among those that torchrun started; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def launched_world_size() -> int:
-    """Processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,7 +98,7 @@ class World:
                 f"parallel: {parallel!r} given without torchrun; start it as "
                 "`torchrun --nproc-per-node N -m model.cli train ...`, or leave parallel=auto"
             )
-        rank, local_rank = launched_rank(), int(os.environ.get("LOCAL_RANK", "0"))
+        rank, local_rank = launched_rank(), launched_local_rank()
         on_cuda = torch.cuda.is_available() and str(device) != "cpu"
         device = resolve_device(f"cuda:{local_rank}" if on_cuda else "cpu")
         make_current(device)
