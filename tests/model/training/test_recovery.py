@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ from tests.model.training.runs import outcome, start_runs
 # Relative RMS, of the losses and of what training changed: sums over the batch in another order.
 TOLERANCE = 1e-4
 NUM_IMAGES, BATCH = 64, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the processes of `start_runs` have: on the number of threads the order of sums depends."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
