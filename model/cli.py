@@ -15,6 +15,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from model.benchmark.command import bench_app
+from model.cli_autoencoder import AUTOENCODER_EXAMPLES, train_autoencoder_command
 from model.cli_prepare import PREPARE_EXAMPLES, prepare_latents_command
 from model.cli_sample import SAMPLE_EXAMPLES, sample
 from model.evaluation.command import EVALUATE_EXAMPLES, evaluate_command
@@ -30,6 +31,7 @@ app = typer.Typer(
 
 app.command(epilog=SAMPLE_EXAMPLES)(sample)
 app.command("prepare-latents", epilog=PREPARE_EXAMPLES)(prepare_latents_command)
+app.command("train-autoencoder", epilog=AUTOENCODER_EXAMPLES)(train_autoencoder_command)
 app.command("evaluate", epilog=EVALUATE_EXAMPLES)(evaluate_command)
 app.add_typer(bench_app, name="bench")
 

@@ -1,4 +1,4 @@
-"""Train a small f8 AutoencoderKL on views of places: `python -m model.train_autoencoder --output-dir DIR`.
+"""Train a small f8 AutoencoderKL on views of places: `lamamba train-autoencoder --output-dir DIR`.
 
 Each step renders fresh views and lowers the objective of autoencoder_loss.py and, against a discriminator
 trained beside it, of perceptual_loss.py.
@@ -20,16 +20,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
 from model.autoencoder import Autoencoder
-from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder, parse_settings
+from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder
 from model.autoencoder_loss import AutoencoderLoss, use_channels_last_group_norm
 from model.averaged_adamw import AveragedAdamW
 from model.checkpoint import load_newest_state, save_state
@@ -339,28 +338,3 @@ def _random_crops(images: Tensor, side: int) -> Tensor:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def main(
-    output_dir: Annotated[Path, typer.Option(help="folder of the run; one that holds a run is gone on with")],
-    max_seconds: Annotated[float, typer.Option(help="training time")] = 450.0,
-    max_images: Annotated[int | None, typer.Option(help="end after so many images instead")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; by default CUDA if there")] = None,
-    compile: Annotated[bool, typer.Option(help="torch.compile the step")] = True,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="any other field of the config, NAME=VALUE; repeatable")
-    ] = None,
-) -> None:
-    """Train the autoencoder of the shipped models on views of places."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    budget = {"max_seconds": max_seconds, "max_images": max_images, "compile": compile}
-    try:
-        config = AutoencoderTrainingConfig(**(budget | parse_settings(settings or [])))
-        train(config, output_dir, device)
-    except (ValueError, FloatingPointError) as error:
-        logger.error("%s", error)
-        raise typer.Exit(2) from error
-
-
-if __name__ == "__main__":
-    typer.run(main)

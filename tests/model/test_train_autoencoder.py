@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 from model import autoencoder_loss, train_autoencoder
@@ -17,6 +16,7 @@ from model.autoencoder import Autoencoder
 from model.autoencoder_config import AutoencoderTrainingConfig
 from model.autoencoder_loss import AutoencoderLoss
 from model.checkpoint import load_newest_state
+from model.cli import app
 from model.data.places import Places
 from model.perceptual_loss import PerceptualLoss
 from model.train_autoencoder import train
@@ -154,9 +154,9 @@ def test_train_stops_when_no_gradient_is_finite(tmp_path: Path, monkeypatch: pyt
         train(TINY, tmp_path, "cpu")
 
 
-def test_main_ends_with_code_2_on_a_bad_setting(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(train_autoencoder.main)
-    result = CliRunner().invoke(app, ["--output-dir", str(tmp_path), "--set", "kl_weight=-1"])
+def test_the_command_ends_with_code_2_and_a_line_on_a_bad_setting(tmp_path: Path) -> None:
+    arguments = ["train-autoencoder", "--output-dir", str(tmp_path), "--set", "kl_weight=-1"]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
+    assert "kl_weight: -1" in result.output
     assert not list(tmp_path.iterdir())
