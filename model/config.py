@@ -8,12 +8,17 @@ The released code and the paper differ in a few sizes; `docs/numerics.md` lists 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from model.messages import unknown_field
+from model.network_fields import (
+    from_fields,
+    require_choice,
+    require_flag,
+    require_integer,
+    require_probability,
+)
 
 VSSM = Literal["ss2d_continuous", "ss2d", "vim", "local_mamba", "es2d"]
 Attention = Literal["shifted_window", "window", "global", "none"]
@@ -89,19 +94,15 @@ class LaMambaConfig:
             raise ValueError(f"depths: {self.depths!r} given; a list of block counts is accepted")
         object.__setattr__(self, "depths", tuple(self.depths))
         for field, minimum in _MINIMUM.items():
-            _require_integer(field, getattr(self, field), minimum)
-        _require_choice("vssm", self.vssm, VSSM_KINDS)
-        _require_choice("attention", self.attention, ATTENTION_KINDS)
-        _require_choice("layout", self.layout, ("unet", "isotropic"))
-        _require_choice("num_downsamplings", self.num_downsamplings, (1, 2, 3))
-        _require_choice("skip", self.skip, ("add", "concat"))
+            require_integer(field, getattr(self, field), minimum)
+        require_choice("vssm", self.vssm, VSSM_KINDS)
+        require_choice("attention", self.attention, ATTENTION_KINDS)
+        require_choice("layout", self.layout, ("unet", "isotropic"))
+        require_choice("num_downsamplings", self.num_downsamplings, (1, 2, 3))
+        require_choice("skip", self.skip, ("add", "concat"))
         for field in ("learn_sigma", "conv_bias", "qk_norm"):
-            if not isinstance(getattr(self, field), bool):
-                raise ValueError(f"{field}: {getattr(self, field)!r} given; true or false is accepted")
-        probability = self.class_dropout_prob
-        is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
-        if not is_number or not 0 <= probability <= 1:
-            raise ValueError(f"class_dropout_prob: {probability!r} given; 0 to 1 is accepted")
+            require_flag(field, getattr(self, field))
+        require_probability("class_dropout_prob", self.class_dropout_prob)
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size: {self.hidden_size} given; a multiple of 4 is accepted")
         if self.attention != "none" and self.hidden_size % self.num_heads:
@@ -141,11 +142,7 @@ class LaMambaConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         """A configuration from plain fields; an unknown one raises ValueError."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(unknown_field(unknown[0], known, "the network"))
-        return cls(**fields)
+        return from_fields(cls, fields, "the network")
 
     @property
     def out_channels(self) -> int:
@@ -218,13 +215,3 @@ def _presets() -> dict[str, dict[str, Any]]:
 def dt_rank(width: int) -> int:
     """r, the rank of SS2D's step-size projection in a block of `width` channels: ceil(width / 16)."""
     return math.ceil(width / 16)
-
-
-def _require_integer(field: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{field}: {value!r} given; an integer of at least {minimum} is accepted")
-
-
-def _require_choice(field: str, value: object, accepted: tuple[object, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{field}: {value!r} given; one of {', '.join(map(str, accepted))} is accepted")

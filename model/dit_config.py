@@ -5,11 +5,10 @@ Letters: d `hidden_size`, p `patch_size`, n `num_layers`, T = (sample_size / p)^
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
-from model.messages import unknown_field
+from model.network_fields import from_fields, require_flag, require_integer, require_probability
 
 __all__ = ["DIT_PRESETS", "DiTConfig"]
 
@@ -55,15 +54,9 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         for field, least in _MINIMUM.items():
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{field}: {value!r} given; an integer of at least {least} is accepted")
-        if not isinstance(self.learn_sigma, bool):
-            raise ValueError(f"learn_sigma: {self.learn_sigma!r} given; true or false is accepted")
-        probability = self.class_dropout_prob
-        is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
-        if not is_number or not 0 <= probability <= 1:
-            raise ValueError(f"class_dropout_prob: {probability!r} given; 0 to 1 is accepted")
+            require_integer(field, getattr(self, field), least)
+        require_flag("learn_sigma", self.learn_sigma)
+        require_probability("class_dropout_prob", self.class_dropout_prob)
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size: {self.hidden_size} given; a multiple of 4 is accepted")
         if self.hidden_size % self.num_heads:
@@ -86,11 +79,7 @@ class DiTConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         """A configuration from plain fields; an unknown one raises ValueError."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(unknown_field(unknown[0], known, "a DiT"))
-        return cls(**fields)
+        return from_fields(cls, fields, "a DiT")
 
     @property
     def out_channels(self) -> int:

@@ -1,0 +1,43 @@
+"""What the configurations of ours and of DiT check alike: one value at a time, and a mapping of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from model.messages import unknown_field
+
+__all__ = ["from_fields", "require_choice", "require_flag", "require_integer", "require_probability"]
+
+_Config = TypeVar("_Config")
+
+
+def from_fields(config: type[_Config], fields: Mapping[str, Any], owner: str) -> _Config:
+    """The dataclass `config` of these fields; ValueError names one that `owner` has not, and near ones."""
+    known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]  # a dataclass
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(unknown_field(unknown[0], known, owner))
+    return config(**fields)
+
+
+def require_integer(field: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{field}: {value!r} given; an integer of at least {minimum} is accepted")
+
+
+def require_choice(field: str, value: object, accepted: tuple[object, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{field}: {value!r} given; one of {', '.join(map(str, accepted))} is accepted")
+
+
+def require_flag(field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{field}: {value!r} given; true or false is accepted")
+
+
+def require_probability(field: str, value: object) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:  # type: ignore[operator]  # a number by now
+        raise ValueError(f"{field}: {value!r} given; 0 to 1 is accepted")
