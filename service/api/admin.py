@@ -23,7 +23,7 @@ __all__ = ["admin_router"]
 def admin_router(keys: KeyRing) -> APIRouter:
     """The routes, for whoever has one of the keys."""
 
-    def authorize(request: Request) -> None:
+    async def authorize(request: Request) -> None:  # a coroutine as those of deps are
         key = given_key(request.headers)
         if key is None or keys.name_of(key) is None:
             raise unauthorized("admin key", key_given=key is not None)
