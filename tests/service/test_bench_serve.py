@@ -7,7 +7,8 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,34 @@ def bench(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
+
+
+@contextmanager
+def answering(answer: Callable[[str | None], int | None]) -> Iterator[str]:
+    """A server that answers each POST with the status that `answer` makes of its request id; with None its
+    connection ends without one.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status = answer(self.headers["x-request-id"])
+            if status is not None:
+                self.send_response(status)
+                self.send_header("content-length", "2")
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join(TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +108,13 @@ def test_arrivals_do_not_wait_for_answers() -> None:
     """A server that answers nothing before it has everything: a generator that waits would never end."""
     everyone = threading.Barrier(20)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            everyone.wait(TIMEOUT_S)
-            self.send_response(200)
-            self.send_header("content-length", "2")
-            self.end_headers()
-            self.wfile.write(b"{}")
+    def answer(request_id: str | None) -> int:
+        everyone.wait(TIMEOUT_S)
+        return 200
 
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with answering(answer) as url:
         planned = [PlannedRequest(at_s=0.005 * i, entry=ENTRY, body=ENTRY.body(i)) for i in range(20)]
-        url = f"http://127.0.0.1:{server.server_port}"
         outcomes = asyncio.run(open_loop(url, planned, timeout_s=TIMEOUT_S))
-        server.shutdown()
-        thread.join(TIMEOUT_S)
     assert [outcome.status for outcome in outcomes] == ["200"] * 20
     assert max(outcome.sent_s for outcome in outcomes) <= min(outcome.done_s for outcome in outcomes)
 
@@ -110,29 +127,15 @@ def test_arrivals_do_not_wait_for_answers() -> None:
 def test_a_client_tries_again_what_may_be_sent_again(
     answers: list[int | None], status: str, tries: int
 ) -> None:
-    seen: list[str] = []
+    seen: list[str | None] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            answer = answers[len(seen)]
-            seen.append(self.headers["x-request-id"])
-            if answer is not None:  # else the connection ends without one
-                self.send_response(answer)
-                self.send_header("content-length", "2")
-                self.end_headers()
-                self.wfile.write(b"{}")
+    def answer(request_id: str | None) -> int | None:
+        seen.append(request_id)
+        return answers[len(seen) - 1]
 
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with answering(answer) as url:
         planned = [PlannedRequest(at_s=0.0, entry=ENTRY, body={})]
-        url = f"http://127.0.0.1:{server.server_port}"
         [one] = asyncio.run(open_loop(url, planned, timeout_s=TIMEOUT_S, retry_s=0.01))
-        server.shutdown()
-        thread.join(TIMEOUT_S)
     assert (one.status, one.tries) == (status, tries)
     assert one.request_ids == tuple(seen)
     assert len(set(seen)) == tries
