@@ -41,7 +41,7 @@ from model.training.snapshots import take_back_snapshots, write_snapshot
 from model.training.source import Source
 from model.training.states import SavedState, StateFolder, load_tensors, newest_state
 from model.training.trainer import Trainer
-from model.training.watch import Watch, peak_flops
+from model.training.watch import Watch, full_images_per_second
 from model.training.world import World, whole_tensor
 from model.whole_file import write_json
 
@@ -49,7 +49,6 @@ __all__ = ["Diverged", "train"]
 
 logger = logging.getLogger(__name__)
 
-_OPERATIONS_PER_MAC = 6  # two forward, and twice as many backward
 _PREVIEW_VIEWS = 64  # that the preview map is fitted to: 16,384 latent pixels at 128 px, for 15 unknowns
 
 
@@ -158,7 +157,7 @@ class _Run:
                     config,
                     self.progress,
                     images_seen=trainer.images_seen,
-                    full_speed=self._full_speed(),
+                    full_speed=full_images_per_second(trainer.network.macs(), world.device, world.size),
                     device=world.device,
                 )
             stop.at_once = False
@@ -173,13 +172,6 @@ class _Run:
             export_run(self.output_dir, self.output_dir / "model")
         world.barrier()
         return self.output_dir / "model"
-
-    def _full_speed(self) -> float | None:
-        """Images a second at which the devices would do nothing but the network's products."""
-        peak = peak_flops(self.world.device)
-        if peak is None:
-            return None
-        return peak * self.world.size / (_OPERATIONS_PER_MAC * self.trainer.network.macs())
 
     def _steps(self, stop: StopRequest, deadline: float) -> bool:
         """Train to `num_images`; False when the deadline came first."""

@@ -26,7 +26,7 @@ from model.benchmark.ceilings import measure_ceilings
 from model.training.config import TrainConfig
 from model.whole_file import whole_file
 
-__all__ = ["Watch", "peak_flops"]
+__all__ = ["Watch", "full_images_per_second", "peak_flops"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ _PEAK_TFLOPS = {
     "L40S": 362.0,
     "RTX 4090": 165.2,
 }
+_OPERATIONS_PER_MAC = 6  # two forward, and twice as many backward
 _LOG_FILE = "log.jsonl"
 
 
@@ -61,6 +62,14 @@ def peak_flops(device: torch.device) -> float | None:
     return measured
 
 
+def full_images_per_second(macs: int, device: torch.device, num_devices: int = 1) -> float | None:
+    """How many images a second so many devices would train on if they did nothing but the network's `macs`
+    multiply-adds, the MFU's 1; None for a CPU.
+    """
+    peak = peak_flops(device)
+    return None if peak is None else peak * num_devices / (_OPERATIONS_PER_MAC * macs)
+
+
 class Watch:
     """The log of a run that goes on after `images_seen` images."""
 
@@ -73,7 +82,7 @@ class Watch:
         full_speed: float | None,
         device: torch.device,
     ) -> None:
-        """`full_speed`: images a second at which all devices would do nothing but the network's products."""
+        """`full_speed`: `full_images_per_second` of all devices."""
         self._config, self._progress, self._device = config, progress, device
         self._full_speed = full_speed
         self._folder = Path(config.output_dir)
