@@ -4,7 +4,7 @@ simulation (`benchmarks/scale_sim.py`) know?
 Replicas of `lamamba serve` on the CPU, each on cores of its own, behind HAProxy with the configuration of
 docker/haproxy/haproxy.cfg; the client and HAProxy have the cores that are left. Three parts:
 
-    steps           for each number of replicas, how long a step takes by its rows, in closed loops of 1, 2, 4
+    steps           for each number of replicas, how long a step takes by its rows, in closed loops of 1 to 4
                     images on each, and how long an image takes beside its steps: what feeds the simulation
     latency         Poisson arrivals at a share of what so many replicas can make by these steps; the
                     simulation gets the same arrivals, and its percentiles stand beside the measured ones
@@ -206,7 +206,7 @@ def measure_steps(
     after: list[float] = []
     rows = max(rows_of(entry) for entry in mix)
     most = MAX_ROWS // rows
-    for concurrency in (2**power for power in range(most.bit_length())):
+    for concurrency in range(1, most + 1):
         config = LoadConfig(mix=tuple(mix), requests=rounds * concurrency, timeout_s=TIMEOUT_S)
         report = observer(f"{len(urls)} replicas, {concurrency} at once", len(urls) * config.requests)
 

@@ -59,7 +59,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.timestep_embed = TimestepEmbedding(width)
         self.label_embed = LabelEmbedding(architecture.num_classes, width)
         self.transformer = DiTTransformer2DModel(**transformer_fields(architecture), num_embeds_ada_norm=1)
-        self.transformer.pos_embed.register_forward_hook(_in_fp32)
+        self.transformer.pos_embed.register_forward_hook(_in_weights_dtype)
         for block in self.transformer.transformer_blocks:
             block.norm1.emb = GivenEmbedding()
         self._initialize_weights()
@@ -125,13 +125,12 @@ class GivenEmbedding(nn.Module):
         return timestep
 
 
-def _in_fp32(module: nn.Module, inputs: object, tokens: Tensor) -> Tensor:
+def _in_weights_dtype(module: nn.Module, inputs: object, tokens: Tensor) -> Tensor:
     """Under autocast the sum over the blocks is fp32, as in DiT's code and in our finest stage: diffusers'
     embedding of patches would make it bf16.
     """
-    kind = tokens.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return tokens.float() if autocast else tokens
+    dtype: torch.dtype = module.proj.weight.dtype  # type: ignore[union-attr, assignment]
+    return tokens.to(dtype)
 
 
 def transformer_fields(config: DiTConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from model.device import make_current, resolve_device
 from model.launched import launched_local_rank, launched_rank, launched_world_size
+from model.training.gradients import in_buckets
 
 Value = TypeVar("Value")
 
@@ -107,6 +108,8 @@ class World:
         try:
             control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
             mesh = init_device_mesh(device.type, (size,)) if parallel == "fsdp" else None
+            if on_cuda:
+                sum_over_ranks(torch.zeros((), device=device))  # NCCL connects now, before minutes of compiling
             yield cls(
                 device=device,
                 rank=rank,
@@ -194,18 +197,25 @@ class World:
 
 
 def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
-    """FSDP2: the parameters of `network` as shards over the ranks of `mesh`, gathered block by block.
+    """FSDP2: the parameters of `network` as shards over the ranks of `mesh`, gathered some blocks at a time.
 
-    A block's maps of the conditioning are gathered by themselves: the network runs them all before its first
-    block (`LaMambaDiff.conditioning`).
+    The host launches an FSDP step call by call, and each group costs it milliseconds: so groups are as large
+    as the messages of ddp. The blocks' maps of the conditioning are one of their own, since the network runs
+    them all before its first block (`LaMambaDiff.conditioning`).
     """
     repeated = tuple(getattr(network, "_repeated_blocks", None) or ())
-    for block in [module for module in network.modules() if type(module).__name__ in repeated]:
-        maps = [getattr(block, name, None) for name in ("conditioning_proj", "modulation")]
-        for module in maps:
-            if isinstance(module, nn.Linear):
-                fully_shard(module, mesh=mesh)
-        fully_shard(block, mesh=mesh)
+    blocks = [module for module in network.modules() if type(module).__name__ in repeated]
+    maps = [getattr(block, name, None) for block in blocks for name in ("conditioning_proj", "modulation")]
+    linears: list[nn.Module] = [module for module in maps if isinstance(module, nn.Linear)]
+    if linears:
+        fully_shard(linears, mesh=mesh)
+    own = {id(parameter) for module in linears for parameter in module.parameters()}
+
+    def numel(block: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in block.parameters() if id(parameter) not in own)
+
+    for group in in_buckets(blocks, numel):
+        fully_shard(group, mesh=mesh)
     fully_shard(network, mesh=mesh)
 
 
