@@ -109,7 +109,7 @@ class World:
             control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
             mesh = init_device_mesh(device.type, (size,)) if parallel == "fsdp" else None
             if on_cuda:
-                sum_over_ranks(torch.zeros((), device=device))  # NCCL connects now, before minutes of compiling
+                sum_over_ranks(torch.zeros((), device=device))  # NCCL connects before minutes of compiling
             yield cls(
                 device=device,
                 rank=rank,
