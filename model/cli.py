@@ -217,7 +217,7 @@ def info(
     resolution: Annotated[int, typer.Option(help="Pixels a side, under an f8 autoencoder.")] = 256,
     d_state: Annotated[int, typer.Option(help="N, the SSM's state size.")] = 1,
     model: Annotated[Path | None, typer.Option(help="A model folder instead of a preset.")] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="All of the paper's models and variants.")] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="All networks of the paper.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count the parameters and multiply-adds of a network, beside the paper's figures."""
@@ -226,13 +226,12 @@ def info(
             raise ValueError(f"resolution: {resolution} given; a multiple of 32 pixels is accepted")
         from model.architecture import Architecture, saved_architecture
         from model.config import LaMambaConfig
-        from model.network.kinds import describe_network
-        from model.network.macs import paper_table
+        from model.network.kinds import describe_network, published_sizes
 
         config: Architecture
 
         if paper:
-            rows = paper_table()
+            rows = published_sizes()
             typer.echo(json.dumps(rows, indent=2) if as_json else _table(rows))
             return
         if model is not None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from model.architecture import Architecture
+from model.architecture import Architecture, architecture_fields
 from model.config import LaMambaConfig
 from model.dit_config import DiTConfig
 from model.network.dit import DiT, dit_macs
 from model.network.lamamba import LaMambaDiff
-from model.network.macs import count_macs, describe
+from model.network.macs import count_macs, describe, paper_table
 
 __all__ = [
     "NETWORK_CLASSES",
@@ -21,6 +21,7 @@ __all__ = [
     "network_macs",
     "network_parameters",
     "new_network",
+    "published_sizes",
 ]
 
 DiffusionNetwork = LaMambaDiff | DiT
@@ -76,3 +77,19 @@ def describe_network(architecture: Architecture) -> dict[str, Any]:
             "reason": "met",
         },
     }
+
+
+def published_sizes() -> list[dict[str, Any]]:
+    """`network.macs.paper_table`, with the DiTs of Table 2."""
+    rows = paper_table()
+    for name in _PUBLISHED_DITS:
+        config = DiTConfig.preset(name)
+        size = describe_network(config)
+        paper = size["paper"]
+        rows.append(
+            {"name": f"DiT-{name}", "source": paper["source"], "config": architecture_fields(config)}
+            | {"parameters": size["parameters"], "gmacs": size["gmacs"]}
+            | {"paper_parameters_millions": paper["parameters_millions"], "paper_gmacs": paper["gmacs"]}
+            | {"reason": paper["reason"]}
+        )
+    return rows

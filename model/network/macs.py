@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.architecture import architecture_fields
 from model.config import LaMambaConfig
 from model.network.attention import WindowAttention
 from model.network.lamamba import LaMambaDiff, meta_network
@@ -179,15 +180,15 @@ def describe(config: LaMambaConfig) -> dict[str, Any]:
 def paper_table() -> list[dict[str, Any]]:
     """Every network whose size the paper prints: ours beside the paper's, and why they differ.
 
-    Rows have `name`, `source` (the paper's table), `config` (fields), `parameters`, `gmacs` (in 1e9),
-    `paper_parameters_millions` (None where it prints none), `paper_gmacs` and `reason`.
+    Rows have `name`, `source` (the paper's table), `config` (fields, with the kind), `parameters`, `gmacs`
+    (in 1e9), `paper_parameters_millions` (None where it prints none), `paper_gmacs` and `reason`.
     """
     rows = []
     for row in PUBLISHED:
         config = row.config()
         size = describe(config)
         rows.append(
-            {"name": row.name, "source": row.source, "config": dataclasses.asdict(config)}
+            {"name": row.name, "source": row.source, "config": architecture_fields(config)}
             | {"parameters": size["parameters"], "gmacs": size["gmacs"]}
             | {"paper_parameters_millions": row.parameters, "paper_gmacs": row.gmacs, "reason": row.reason}
         )
