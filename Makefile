@@ -74,9 +74,10 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-dev  ## write docs/settings.md and docs/metrics.md from the code
+docs: $(VENV)/.installed-dev  ## write docs/settings.md, metrics.md and results.md from code and results
 	$(BIN)/python -m service.settings_table docs/settings.md
 	$(BIN)/python -m service.metrics_table docs/metrics.md
+	$(BIN)/python benchmarks/results_page.py docs/results.md
 
 dashboard: $(VENV)/.installed-dev  ## write Grafana's dashboard from docker/grafana/dashboard.py
 	$(BIN)/python docker/grafana/dashboard.py docker/grafana/dashboards/lamamba.json

@@ -54,12 +54,12 @@ def table(rows: Sequence[dict[str, Any]], recipes: Sequence[str] = ()) -> str:
         "| the paper's FID |",
         "| - | - | - | - | - | - | - | - | - |",
     ]
-    groups = _groups(rows)
-    order = [*recipes, *(recipe for recipe, _ in groups if recipe not in recipes)]
+    all_groups = groups(rows)
+    order = [*recipes, *(recipe for recipe, _ in all_groups if recipe not in recipes)]
     for recipe in dict.fromkeys(order):
-        found = [group for key, group in groups.items() if key[0] == recipe]
+        found = [group for key, group in all_groups.items() if key[0] == recipe]
         if not found:
-            lines.append(f"| {recipe} | not run yet |" + " |" * 6 + f" {_paper(recipe)} |")
+            lines.append(f"| {recipe} | not run yet |" + " |" * 6 + f" {paper_fid(recipe)} |")
         for group in found:
             distances = ", ".join(
                 f"{row['frechet_distance']:.2f} ± {row['standard_error']:.2f}" for row in group
@@ -73,7 +73,7 @@ def table(rows: Sequence[dict[str, Any]], recipes: Sequence[str] = ()) -> str:
             minutes = statistics.mean(row["training_seconds"] for row in group) / 60
             lines.append(
                 f"| {recipe} | {first['images']:,} | {first['parameters'] / 1e6:.2f} | {first['gmacs']:.2f} "
-                f"| {distances} | {mean:.2f} | {speed:,.0f} | {minutes:.1f} | {_paper(recipe)} |"
+                f"| {distances} | {mean:.2f} | {speed:,.0f} | {minutes:.1f} | {paper_fid(recipe)} |"
             )
     return "\n".join(lines)
 
@@ -86,14 +86,14 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
-    for (recipe, _), group in _groups(rows).items():
+    for (recipe, _), group in groups(rows).items():
         values = [row["frechet_distance"] for row in group]
         if recipe == FLOOR:
             axes[0].axhline(values[0], color="black", linestyle=":", linewidth=1)
             continue
         # Of the samples, or what the seeds differ by, whichever is more.
         error = max(*(row["standard_error"] for row in group), (max(values) - min(values)) / 2)
-        paper = _paper(recipe)
+        paper = paper_fid(recipe)
         points = [(axes[0], statistics.mean(values), error)]
         points += [(axes[1], float(paper), 0.0)] if paper else []
         for axis, value, bar in points:
@@ -120,17 +120,17 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def _groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, Any], list[dict[str, Any]]]:
+def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, Any], list[dict[str, Any]]]:
     """Rows that differ by their seed alone, in the order of the file, seeds ascending."""
-    groups: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for row in rows:
         others = {name: value for name, value in row.get("config", {}).items() if name != "seed"}
         key = json.dumps([others, row.get("samples", {}) | {"weights": None}], sort_keys=True)
-        groups.setdefault((row["recipe"], key), []).append(row)
-    return {key: sorted(group, key=lambda row: row["seed"] or 0) for key, group in groups.items()}
+        found.setdefault((row["recipe"], key), []).append(row)
+    return {key: sorted(group, key=lambda row: row["seed"] or 0) for key, group in found.items()}
 
 
-def _paper(recipe: str) -> str:
+def paper_fid(recipe: str) -> str:
     """The FID of the paper's Tables 2 to 4, whose home is the recipe's summary; empty where it has none."""
     found = re.search(r"Table [234]: FID (\d+\.\d+)", recipe_summaries().get(recipe, ""))
     return found.group(1) if found else ""
