@@ -3,8 +3,8 @@
 Each recipe (LaMamba-Diff's sizes, its ablations, DiT) is trained by the training loop on 256 px views of
 places, 32x32 latents, for the same number of images. Then `--num` samples without guidance, as in the paper's
 Tables 2 to 4, are set against as many reserved views by Frechet distance of EfficientNet-Lite2's features.
-Error bars are jackknife standard errors over ten groups of the samples; what training itself varies by shows
-between seeds.
+Error bars are the jackknife's standard errors of other samples; what training itself varies by shows between
+seeds.
 
 A finished run is a row of `benchmarks/results/study.json`, keyed by the hash of all that it depends on: rows
 that are there are not made again, so the study goes on whenever this is started again. Unfinished runs are in
@@ -48,6 +48,7 @@ from model.data.places import RESERVED_VIEW_IDS, Places
 from model.device import resolve_device
 from model.evaluation.features import EfficientNetLite2, FeatureExtractor
 from model.evaluation.frechet import FeatureStatistics, StatisticsStream
+from model.evaluation.jackknife import distance_error
 from model.network.kinds import network_macs, network_parameters
 from model.pipeline import LaMambaPipeline
 from model.recipes import load_recipe
@@ -63,8 +64,6 @@ RECIPES = (
     *("imagenet-256-b", "imagenet-256-dit-b-2"),
 )
 PLACES_CLASSES, DOWNSAMPLING, LATENT_CHANNELS = 21, 8, 4
-GROUPS = 10
-"""Of the jackknife."""
 LEAST_START_S = 60.0
 """Less time than this is not worth the start of a run."""
 EVALUATION_S = 90.0
@@ -211,7 +210,7 @@ class Study:
         folder = run.folder(self.work_dir)
         pipeline = LaMambaPipeline.load(folder / "model", device=self.device)
         samples = torch.cat([self._features(pixels) for pixels in sampled(pipeline, **run.evaluation)])
-        distance, error = jackknife(samples, self._reference(run, pipeline.resolution))
+        distance, error = distance_to(samples, self._reference(run, pipeline.resolution))
         architecture = run.architecture
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         row = {
@@ -250,7 +249,7 @@ class Study:
         reference = FeatureStatistics(count=num, mean=tensors["mean"], covariance=tensors["covariance"])
         if name not in self.rows:
             others = torch.cat([self._features(pixels) for pixels in self._views(num, num, size)])
-            distance, error = jackknife(others, reference)
+            distance, error = distance_to(others, reference)
             self._add(
                 {"key": name, "recipe": FLOOR, "seed": None, "frechet_distance": round(distance, 4)}
                 | {"standard_error": round(error, 4), "num": num, "environment": environment()}
@@ -302,10 +301,12 @@ def feature_statistics(features: Tensor) -> FeatureStatistics:
     """Of features (n, d), on their device, where a distance is a matter of a GPU's seconds."""
     stream = StatisticsStream()
     stream.add(features)
-    found, device = stream.statistics(), features.device
-    return FeatureStatistics(
-        mean=found.mean.to(device), covariance=found.covariance.to(device), count=found.count
-    )
+    return stream.statistics().to(features.device)
+
+
+def distance_to(features: Tensor, reference: FeatureStatistics) -> tuple[float, float]:
+    """The distance of features (n, d) and its standard error."""
+    return reference.distance(feature_statistics(features)), distance_error(features, reference)
 
 
 def step_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
@@ -315,19 +316,6 @@ def step_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
         (line["images"] - before) / line["images_per_second"]
         for before, line in zip(seen[:-1], lines, strict=True)
     )
-
-
-def jackknife(features: Tensor, reference: FeatureStatistics) -> tuple[float, float]:
-    """The distance of features (n, d), n of at least `GROUPS` * 2, and its standard error.
-
-    The error of leaving out a tenth of the samples in turn: sqrt((g - 1) / g sum (d_i - mean d_i)^2).
-    """
-    distance = reference.distance(feature_statistics(features))
-    group = torch.arange(len(features), device=features.device) % GROUPS
-    without = torch.tensor(
-        [reference.distance(feature_statistics(features[group != left_out])) for left_out in range(GROUPS)]
-    )
-    return distance, float(((GROUPS - 1) / GROUPS * (without - without.mean()).square().sum()).sqrt())
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def train(
 
 @app.command(
     epilog="Examples:  lamamba export runs/places-256 models/places   |   "
-    "lamamba export runs/xl models/xl --sigma-rel 0.08 --metrics runs/xl/metrics.json"
+    "lamamba export runs/xl models/xl --sigma-rel 0.08 --metrics evaluation/xl/evaluation.json"
 )
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder: its output_dir.")],
@@ -106,7 +106,10 @@ def export(
         float | None,
         typer.Option(help="Length of the average instead: one of ema_tracks, or any that snapshots make up."),
     ] = None,
-    metrics: Annotated[Path | None, typer.Option(help="A JSON object of figures for the model card.")] = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(help="Figures for the model card: an evaluation.json, or another JSON object."),
+    ] = None,
 ) -> None:
     """Write a training run's weights as the folder that the server loads, with a model card."""
     with usage_errors():

@@ -17,7 +17,8 @@ Legend: n vectors, d features each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -37,8 +38,17 @@ class FeatureStatistics:
     count: int | None
     """n; None where whoever published the statistics does not say."""
 
+    def to(self, device: torch.device) -> FeatureStatistics:
+        """On another device: a GPU takes a decomposition's seconds, a CPU a minute."""
+        return replace(self, mean=self.mean.to(device), covariance=self.covariance.to(device))
+
     def distance(self, other: FeatureStatistics) -> float:
-        return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
+        return self.distances([other])[0]
+
+    def distances(self, others: Iterable[FeatureStatistics]) -> list[float]:
+        """To each of `others`, on the same device; the root of this covariance is taken once for all."""
+        root = _root(self.covariance)
+        return [_distance(self.mean, self.covariance, root, other.mean, other.covariance) for other in others]
 
 
 class StatisticsStream:
@@ -77,7 +87,8 @@ class StatisticsStream:
 
     def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if not self.count:
-            self.count, self._mean, self._scatter = count, mean, scatter
+            # The scatter is added to in place, and may be that of a stream which goes on.
+            self.count, self._mean, self._scatter = count, mean, scatter.clone()
             return
         total = self.count + count
         gap = mean.to(self._mean.device) - self._mean
@@ -89,10 +100,18 @@ class StatisticsStream:
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
     """d^2 of the module header, at least 0; means (d,) and symmetric covariances (d, d) on one device."""
+    return _distance(mean1, cov1, _root(cov1), mean2, cov2)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """C^(1/2), float64."""
+    variances, axes = torch.linalg.eigh(covariance.double())
+    return (axes * variances.clamp_min(0).sqrt()) @ axes.T
+
+
+def _distance(mean1: Tensor, cov1: Tensor, root1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
     mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
-    variances, axes = torch.linalg.eigh(cov1)
-    root = (axes * variances.clamp_min(0).sqrt()) @ axes.T  # C1^(1/2)
-    product = root @ cov2 @ root
+    product = root1 @ cov2 @ root1
     overlap = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
     squared = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap
     return max(0.0, squared.item())

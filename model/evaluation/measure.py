@@ -17,6 +17,7 @@ from torch import Tensor
 from model.evaluation.features import FeatureExtractor, Features
 from model.evaluation.frechet import FeatureStatistics, StatisticsStream
 from model.evaluation.inception_score import InceptionScoreStream
+from model.evaluation.jackknife import distance_error
 from model.evaluation.judge import Confusion, Judge
 from model.evaluation.manifold import precision_and_recall
 from model.evaluation.ranks import Ranks
@@ -37,6 +38,8 @@ class FeatureSummary:
     inception_score: float | None
     vectors: Tensor
     """(n, d) fp32 on the CPU: pooled features, in the images' order."""
+    spatial_vectors: Tensor | None
+    """(n, d') fp32 on the CPU, of the same images."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,22 +58,25 @@ class _FeatureStream:
         self.pooled, self.spatial = StatisticsStream(), StatisticsStream()
         self.scores: InceptionScoreStream | None = None
         self.vectors: list[Tensor] = []
+        self.spatial_vectors: list[Tensor] = []
 
     def add(self, first: int, features: Features, *, keep: int) -> None:
         """Take in the features of images from the number `first` on; of those below `keep`, vectors stay."""
+        kept = max(0, keep - first)
         self.pooled.add(features.pooled)
+        self.vectors.append(features.pooled[:kept].cpu())
         if features.spatial is not None:
             self.spatial.add(features.spatial)
+            self.spatial_vectors.append(features.spatial[:kept].cpu())
         if features.probabilities is not None:
             self.scores = self.scores or InceptionScoreStream()
             self.scores.add(first, features.probabilities)
-        self.vectors.append(features.pooled[: max(0, keep - first)].cpu())
 
     def cpu(self) -> _FeatureStream:
         """This stream, ready to travel."""
         self.pooled.cpu()
         self.spatial.cpu()
-        self.vectors = [torch.cat(self.vectors)] if self.vectors else []
+        self.vectors, self.spatial_vectors = _joined(self.vectors), _joined(self.spatial_vectors)
         return self
 
     def merge(self, other: _FeatureStream) -> None:
@@ -82,6 +88,7 @@ class _FeatureStream:
         else:
             self.scores = self.scores or other.scores
         self.vectors += other.vectors
+        self.spatial_vectors += other.spatial_vectors
 
     def summary(self) -> FeatureSummary:
         return FeatureSummary(
@@ -89,6 +96,7 @@ class _FeatureStream:
             spatial=self.spatial.statistics() if self.spatial.count else None,
             inception_score=None if self.scores is None else self.scores.score(),
             vectors=torch.cat(self.vectors),
+            spatial_vectors=torch.cat(self.spatial_vectors) if self.spatial_vectors else None,
         )
 
 
@@ -159,34 +167,52 @@ def measure_reference(
 def metrics(
     samples: FeatureSummary, reference: FeatureSummary, extractor: FeatureExtractor
 ) -> list[dict[str, Any]]:
-    """Rows of `metric`, `value`, and how many images it is of on both sides (None: not published).
+    """Rows of `metric`, `value`, how many images it is of on both sides (None: not published), and of a
+    distance its `standard_error` (None of the others).
 
     A distance's name ends with the number of samples, on which it depends.
     """
     num, num_references = len(samples.vectors), len(reference.vectors)
-    precision, recall = precision_and_recall(
-        reference.vectors.to(extractor.device), samples.vectors.to(extractor.device)
-    )
+    vectors = samples.vectors.to(extractor.device)
+    precision, recall = precision_and_recall(reference.vectors.to(extractor.device), vectors)
     distance = samples.statistics.distance(reference.statistics)
-    rows: list[tuple[str, float, int | None]]
+    error = distance_error(vectors, reference.statistics)
+    rows: list[tuple[str, float, float | None, int | None]]
     if extractor.defines_fid:
-        rows = [(f"FID-{_short(num)}", distance, reference.statistics.count)]
-        if samples.spatial is not None and reference.spatial is not None:
+        rows = [(f"FID-{_short(num)}", distance, error, reference.statistics.count)]
+        if (
+            samples.spatial is not None
+            and samples.spatial_vectors is not None
+            and reference.spatial is not None
+        ):
             spatial = samples.spatial.distance(reference.spatial)
-            rows.append((f"sFID-{_short(num)}", spatial, reference.spatial.count))
+            error = distance_error(samples.spatial_vectors.to(extractor.device), reference.spatial)
+            rows.append((f"sFID-{_short(num)}", spatial, error, reference.spatial.count))
         if samples.inception_score is not None:
-            rows.append(("Inception Score", samples.inception_score, 0))
-        rows += [("Precision", precision, num_references), ("Recall", recall, num_references)]
+            rows.append(("Inception Score", samples.inception_score, None, 0))
+        rows += [("Precision", precision, None, num_references), ("Recall", recall, None, num_references)]
     else:
+        name = f"Frechet distance ({extractor.name})-{_short(num)}"
         rows = [
-            (f"Frechet distance ({extractor.name})-{_short(num)}", distance, reference.statistics.count),
-            (f"Precision ({extractor.name})", precision, num_references),
-            (f"Recall ({extractor.name})", recall, num_references),
+            (name, distance, error, reference.statistics.count),
+            (f"Precision ({extractor.name})", precision, None, num_references),
+            (f"Recall ({extractor.name})", recall, None, num_references),
         ]
     return [
-        {"metric": name, "value": value, "num_images": num, "num_reference_images": count}
-        for name, value, count in rows
+        {
+            "metric": name,
+            "value": value,
+            "standard_error": error,
+            "num_images": num,
+            "num_reference_images": count,
+        }
+        for name, value, error, count in rows
     ]
+
+
+def _joined(vectors: list[Tensor]) -> list[Tensor]:
+    """As one tensor, which travels faster than many; none of none."""
+    return [torch.cat(vectors)] if vectors else []
 
 
 def _short(num: int) -> str:

@@ -19,7 +19,7 @@ from model.evaluation.ranks import Ranks
 from model.evaluation.sources import ImageSet, NpzImages
 from model.whole_file import write_json
 
-__all__ = ["Report", "file_source", "require_enough_images", "shown"]
+__all__ = ["Report", "figures", "file_source", "require_enough_images", "shown"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,12 @@ class Report:
         for extractor, summary, reference_summary in pairs:
             for row in metrics(summary, reference_summary, extractor):
                 count = row.pop("num_reference_images")
-                value = float(f"{row['value']:.{_SIGNIFICANT_DIGITS}g}")
+                value, error = _rounded(row["value"]), row["standard_error"]
+                error = None if error is None else _rounded(error)
                 full = {
                     **row,
                     "value": value,
+                    "standard_error": error,
                     "reference": {**description, "num_images": count} if count != 0 else None,
                     "extractor": {
                         "name": extractor.name,
@@ -81,7 +83,23 @@ class Report:
                     **source,
                 }
                 self.fields["metrics"].append({key: v for key, v in full.items() if v is not None})
-                logger.info("%s: %s %.5g", shown(source), row["metric"], value)
+                logger.info("%s: %s %s", shown(source), row["metric"], _with_error(value, error))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_SIGNIFICANT_DIGITS}g}")
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.5g}" if error is None else f"{value:.5g} ± {error:.2g}"
+
+
+def figures(fields: dict[str, Any]) -> dict[str, str]:
+    """The metrics of an evaluation.json's `fields` as a model card shows them: a name and a value each."""
+    return {
+        f"{row['metric']}, {shown(row)}": _with_error(row["value"], row.get("standard_error"))
+        for row in fields["metrics"]
+    }
 
 
 def shown(source: dict[str, Any]) -> str:

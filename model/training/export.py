@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.architecture import Architecture, architecture_from_fields
+from model.evaluation.report import figures
 from model.messages import one_line
 from model.model_folder import local_folder, save_model_folder
 from model.network.kinds import new_network
@@ -88,14 +89,23 @@ def export_run(
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Figures for a model card: the numbers and texts of a JSON object. ValueError for another file."""
+    """Figures for a model card: the metrics of an evaluation.json, or the numbers and texts of another JSON
+    object. ValueError for another file.
+    """
     try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"metrics: {path} cannot be read ({one_line(error)})") from error
-    if not isinstance(figures, dict):
+    if not isinstance(fields, dict):
         raise ValueError(f"metrics: {path} given; a JSON object is accepted")
-    return {name: value for name, value in figures.items() if isinstance(value, str | int | float)}
+    if "metrics" in fields:
+        try:
+            return dict(figures(fields))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"metrics: {path} has metrics that no evaluation wrote ({type(error).__name__})"
+            ) from error
+    return {name: value for name, value in fields.items() if isinstance(value, str | int | float)}
 
 
 def model_card(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import study as module
-from benchmarks.study import RECIPES, Run, Study, feature_statistics, jackknife, planned_runs
+from benchmarks.study import RECIPES, Run, Study, planned_runs
 from benchmarks.study_report import draw, table
 from model.evaluation.features import Features
 from model.network.kinds import network_macs, network_parameters
@@ -118,16 +117,6 @@ def test_runs_are_equal_but_for_network_and_seed() -> None:
     assert runs[0].key == planned_runs(RECIPES[:1], [0], 1000, EVALUATION, ["learning_rate=3e-4"])[0].key
     with pytest.raises(ValueError, match="nets: unknown field of a training run"):
         planned_runs(RECIPES[:1], [0], 1000, EVALUATION, ["nets=1"])
-
-
-def test_jackknife_of_a_mean_is_its_standard_error() -> None:
-    """In one dimension, where the variances' part is small, the distance is the means' difference squared."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(4000, 1, generator=generator, dtype=torch.float64) + 10
-    reference = feature_statistics(torch.randn(4000, 1, generator=generator, dtype=torch.float64))
-    distance, error = jackknife(features, reference)
-    assert distance == pytest.approx(100, rel=0.02)
-    assert error == pytest.approx(2 * 10 / math.sqrt(4000), rel=0.5)  # ten groups: 24 % of themselves
 
 
 def _row(recipe: str, seed: int, distance: float, **facts: Any) -> dict[str, Any]:

@@ -82,9 +82,11 @@ def test_evaluation_measures_everything_and_says_on_what(
     assert [row["metric"] for row in report["metrics"]] == 3 * names
     floor, reconstructions, samples = report["metrics"][::3]
     assert 0 < floor["value"] < reconstructions["value"]
+    assert 0 < samples["standard_error"] < samples["value"]
     assert samples == {
         "metric": "Frechet distance (mean colour)-8",
         "value": samples["value"],
+        "standard_error": samples["standard_error"],
         "num_images": 8,
         "reference": {
             "name": f"places, reserved views from {RESERVED_VIEW_IDS}",

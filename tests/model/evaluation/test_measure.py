@@ -11,6 +11,7 @@ import torch
 
 from model.evaluation.features import load_extractor
 from model.evaluation.frechet import frechet_distance
+from model.evaluation.jackknife import distance_error
 from model.evaluation.measure import MAX_REFERENCE_VECTORS, Measured, measure, measure_reference, metrics
 from model.evaluation.ranks import Ranks
 from model.evaluation.sources import NpzImages
@@ -50,6 +51,10 @@ def test_two_ranks_measure_what_one_does(images: NpzImages) -> None:
         torch.testing.assert_close(one.statistics.mean, two.statistics.mean, atol=1e-10, rtol=0)
         torch.testing.assert_close(one.statistics.covariance, two.statistics.covariance, atol=1e-8, rtol=0)
         assert torch.equal(one.vectors, two.vectors)
+    one, two = (found.summaries[0].spatial_vectors for found in (whole, shared))
+    assert one is not None
+    assert two is not None
+    assert torch.equal(one, two)
     first, second = whole.summaries[0], shared.summaries[0]
     assert first.inception_score == pytest.approx(second.inception_score, rel=1e-12)
     assert first.spatial is not None
@@ -64,6 +69,15 @@ def test_metrics_of_a_set_with_itself_are_perfect(images: NpzImages) -> None:
     assert rows["FID-600"]["value"] == pytest.approx(0, abs=1e-6)
     assert rows["sFID-600"]["value"] == pytest.approx(0, abs=1e-6)
     assert rows["Precision"]["value"] == rows["Recall"]["value"] == 1
+    errors = {name: row["standard_error"] for name, row in rows.items()}
+    spatial = summary.spatial_vectors
+    assert spatial is not None
+    assert summary.spatial is not None
+    assert errors == {
+        "FID-600": distance_error(summary.vectors, summary.statistics),
+        "sFID-600": distance_error(spatial, summary.spatial),
+        **dict.fromkeys(("Inception Score", "Precision", "Recall")),
+    }
     assert [row["num_reference_images"] for row in rows.values()] == [600, 600, 0, 600, 600]
 
 

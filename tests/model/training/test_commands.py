@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from model.cli import app
+from model.training.export import read_metrics
 from model.training.run import Diverged
 from model.training.world import RankLost
 
@@ -54,3 +57,29 @@ def test_a_run_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Ru
     monkeypatch.setattr("model.training.run.train", fail)
     result = CliRunner().invoke(app, ["train", "--config", "places-128"])
     assert (result.exit_code, result.stderr) == (1, f"lamamba: {error}\n")
+
+
+def test_a_cards_figures_are_those_of_an_evaluation_with_their_errors(tmp_path: Path) -> None:
+    rows = [
+        {"metric": "FID-50K", "value": 6.1234567, "standard_error": 0.0343, "images": "samples"}
+        | {"guidance_scale": 1.5},
+        {"metric": "Recall", "value": 0.64, "images": "samples", "guidance_scale": 1.0},
+        {"metric": "FID-50K", "value": 1.5, "standard_error": 0.25, "images": "other.npz"},
+    ]
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps({"date": "today", "metrics": rows}))
+    assert read_metrics(path) == {
+        "FID-50K, samples at guidance 1.5": "6.1235 ± 0.034",
+        "Recall, samples at guidance 1": "0.64",
+        "FID-50K, other.npz": "1.5 ± 0.25",
+    }
+
+
+@pytest.mark.parametrize("metrics", [5, [1], [{"metric": "FID"}]], ids=["number", "numbers", "no value"])
+def test_metrics_that_no_evaluation_wrote_are_named(tmp_path: Path, metrics: Any) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps({"metrics": metrics}))
+    with pytest.raises(ValueError, match=r"metrics: .*evaluation\.json has metrics that no evaluation wrote"):
+        read_metrics(path)
+    path.write_text(json.dumps({"FID": 2.5, "note": "mine", "list": [1]}))
+    assert read_metrics(path) == {"FID": 2.5, "note": "mine"}
