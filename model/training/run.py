@@ -137,6 +137,7 @@ class _Run:
         self.rollbacks = 0
         if state is not None:
             self._go_on_from(state, images_seen=state.images_seen)
+            self.rollbacks = state.facts.get("rollbacks", 0)  # states of earlier versions do not say
             logger.info("resuming from %s", state.folder)
 
     def whole(self, stop: StopRequest, *, deadline: float) -> Path | None:
@@ -261,7 +262,8 @@ class _Run:
     def _save(self) -> None:
         trainer = self.trainer
         healthy = int(trainer.optimizer.skipped_in_a_row) == 0
-        self.states.save(trainer.images_seen, trainer.tensors(), self.facts, healthy=healthy)
+        facts = self.facts | {"rollbacks": self.rollbacks}
+        self.states.save(trainer.images_seen, trainer.tensors(), facts, healthy=healthy)
 
     def _write_snapshot(self) -> None:
         trainer = self.trainer

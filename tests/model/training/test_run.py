@@ -192,6 +192,23 @@ def test_a_run_without_finite_gradients_goes_back_and_then_gives_up(
         assert log[-1]["images"] == 48
 
 
+def test_a_resumed_run_has_the_rollbacks_of_before(
+    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer._mean_losses
+
+    def poisoned(self: Trainer, *args: torch.Tensor) -> Losses:
+        losses = original(self, *args)
+        sick = 16 <= self.images_seen < 32 or self.images_seen >= 48
+        return losses._replace(loss=losses.loss * torch.nan) if sick else losses
+
+    monkeypatch.setattr(Trainer, "_mean_losses", poisoned)
+    fields = {"rollback_after_steps": 2, "max_rollbacks": 1, "state_every_s": 1e-9}
+    assert train(make_config("sick", num_images=40, **fields), device="cpu") is not None
+    with pytest.raises(Diverged, match=r"up to image 64, and 1 rollbacks did not help"):
+        train(make_config("sick", num_images=72, **fields), device="cpu")
+
+
 def test_a_run_that_is_sick_from_the_first_step_gives_up(
     make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
