@@ -124,11 +124,13 @@ def write_random_cache(folder: Path, num_shards: int) -> None:
 def read_batches(shards: LatentShards, num_batches: int) -> dict[str, float]:
     """By a consumer that only takes the batches."""
     device = torch.device("cpu")
+    moments = torch.empty(BATCH_SIZE, *shards.moments_shape, dtype=torch.float16)
+    labels = torch.empty(BATCH_SIZE, dtype=torch.int64)
     with Prefetcher(shards, first_sample=0, batch_size=BATCH_SIZE, seed=0, device=device) as batches:
-        next(batches)
+        batches.next_into(moments, labels)
         timer = _Timer()
         for _ in range(num_batches):
-            next(batches)
+            batches.next_into(moments, labels)
         return timer.figures(num_batches * BATCH_SIZE)
 
 

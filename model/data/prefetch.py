@@ -1,8 +1,9 @@
 """Batches of latents read ahead of the device by a thread, in the order of the run.
 
 The thread reads into buffers that are made once, in pinned memory where the device is a GPU, and calls
-nothing of CUDA: it cannot disturb the capture of a CUDA graph. A buffer is filled again only when its copy to
-the device is done.
+nothing of CUDA: it cannot disturb the capture of a CUDA graph. Whoever takes a batch says into which tensors;
+the current stream copies it there, after all that it was given before has read the last batch in them.
+A buffer is filled again only when its copy to the device is done.
 """
 
 from __future__ import annotations
@@ -20,27 +21,20 @@ from torch import Tensor
 from model.data.latent_shards import LatentShards
 from model.data.sample_order import shuffled
 
-__all__ = ["LatentBatch", "Prefetcher"]
+__all__ = ["Prefetcher"]
 
 _UNFINISHED_COPIES = 2
 """That the device may be behind: how many batches the host can launch ahead of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentBatch:
-    """Samples `first_sample`, `first_sample` + 1, ... of the run, on the training device."""
+class _Buffer:
+    """A batch on the host."""
 
-    first_sample: int
     moments: Tensor
     """(n, 2C, h, w) fp16: what `Autoencoder.latents` draws from."""
     labels: Tensor
-    """(n,) int64"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Buffer:
-    moments: Tensor
-    labels: Tensor
+    """(n,) int64."""
 
 
 class Prefetcher:
@@ -73,8 +67,7 @@ class Prefetcher:
             )
         self._shards, self._seed, self._device = shards, seed, device
         self._size, self._stride = batch_size // world_size, batch_size
-        self._next_sample = first_sample + rank * self._size
-        self._first_read = self._next_sample
+        self._first_read = first_sample + rank * self._size
         self._in_flight: deque[tuple[_Buffer, torch.cuda.Event]] = deque()
         self._empty: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
         self._filled: queue.SimpleQueue[_Buffer | Exception] = queue.SimpleQueue()
@@ -85,11 +78,11 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._read_batches, name="latents", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Self:
-        return self
+    def next_into(self, moments: Tensor, labels: Tensor) -> None:
+        """Copy the next batch to the device, into `moments` (n, 2C, h, w) fp16 and `labels` (n,) int64.
 
-    def __next__(self) -> LatentBatch:
-        """The next batch, copied by the current stream; raises what reading it raised."""
+        n is this process's part of a batch. Raises what reading the batch raised.
+        """
         if self._closed.is_set():
             raise ValueError("a closed prefetcher has no batches")
         self._recycle()
@@ -97,20 +90,14 @@ class Prefetcher:
         if isinstance(buffer, Exception):
             self._filled.put(buffer)  # whoever asks again is told again
             raise buffer
-        # copy_ and not `to`, which on the CPU would hand out the buffer itself.
-        moments, labels = (
-            torch.empty_like(tensor, device=self._device).copy_(tensor, non_blocking=True)
-            for tensor in (buffer.moments, buffer.labels)
-        )
+        moments.copy_(buffer.moments, non_blocking=True)
+        labels.copy_(buffer.labels, non_blocking=True)
         if self._on_cuda:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self._device))
             self._in_flight.append((buffer, copied))
         else:
             self._empty.put(buffer)
-        batch = LatentBatch(first_sample=self._next_sample, moments=moments, labels=labels)
-        self._next_sample += self._stride
-        return batch
 
     def close(self) -> None:
         """Stop reading, and wait for the thread."""

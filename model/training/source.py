@@ -112,9 +112,7 @@ class StreamedSource:
         if self._prefetcher is None or first_sample != self._next_sample:
             self.close()
             self._prefetcher = self._start(first_sample=first_sample)
-        batch = next(self._prefetcher)
-        self._moments.copy_(batch.moments)
-        self._labels.copy_(batch.labels)
+        self._prefetcher.next_into(self._moments, self._labels)
         self._next_sample = first_sample + self._batch_size
 
     def rows(self, part: slice) -> tuple[Tensor, Tensor]:
