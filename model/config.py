@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from model.network_fields import (
+from model.config_fields import (
     from_fields,
     require_choice,
     require_flag,

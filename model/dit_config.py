@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from model.network_fields import from_fields, require_flag, require_integer, require_probability
+from model.config_fields import from_fields, require_flag, require_integer, require_probability
 
 __all__ = ["DIT_PRESETS", "DiTConfig"]
 

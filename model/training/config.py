@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from model.architecture import Architecture, architecture_from_fields
+from model.config_fields import from_fields
 from model.limits import MAX_SEED
-from model.messages import unknown_field
 from model.pretrained import default_model_dir
 
 __all__ = ["PLACES", "SHIPPED_AUTOENCODER", "TrainConfig"]
@@ -207,20 +207,7 @@ class TrainConfig:
         """A configuration from plain values, as a recipe holds them; unknown and missing fields raise
         ValueError.
         """
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ValueError(unknown_field(str(name), known, "a training run"))
-        missing = [
-            name
-            for name, f in known.items()
-            if name not in fields
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        ]
-        if missing:
-            raise ValueError(f"{missing[0]}: missing; a training run needs {', '.join(missing)}")
-        return cls(**fields)
+        return from_fields(cls, fields, "a training run")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON's values, which compare equal after a way through a file."""

@@ -1,4 +1,4 @@
-"""What the configurations of ours and of DiT check alike: one value at a time, and a mapping of them."""
+"""What configurations check alike: a mapping of their fields, and one value at a time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,24 @@ _Config = TypeVar("_Config")
 
 
 def from_fields(config: type[_Config], fields: Mapping[str, Any], owner: str) -> _Config:
-    """The dataclass `config` of these fields; ValueError names one that `owner` has not, and near ones."""
-    known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]  # a dataclass
-    unknown = sorted(set(fields) - set(known))
+    """The dataclass `config` of these fields.
+
+    ValueError names one that `owner` has not, and near ones, or those that it needs.
+    """
+    known = dataclasses.fields(config)  # type: ignore[arg-type]  # a dataclass
+    names = [field.name for field in known]
+    unknown = [name for name in fields if name not in names]
     if unknown:
-        raise ValueError(unknown_field(unknown[0], known, owner))
+        raise ValueError(unknown_field(str(unknown[0]), names, owner))
+    missing = [
+        field.name
+        for field in known
+        if field.name not in fields
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{missing[0]}: missing; {owner} needs {', '.join(missing)}")
     return config(**fields)
 
 
