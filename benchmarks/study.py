@@ -17,6 +17,13 @@ study.md and study.png beside the results, by `benchmarks/study_report.py`.
 
     python benchmarks/study.py --limit-s 520
     python benchmarks/study.py --recipes imagenet-256-b imagenet-256-dit-b-2 --seeds 0 --limit-s 520
+
+Options of training are compared in the same way, in a file of their own, and so are lengths of averages:
+
+    python benchmarks/study.py --recipes imagenet-256-s --results benchmarks/results/study-options.json \\
+        --set min_snr_gamma=5
+    python benchmarks/study.py --recipes imagenet-256-s --results benchmarks/results/study-options.json \\
+        --set 'ema_tracks=[0.05,0.1]' snapshot_every=50000 --sigma-rel 0.05 0.1 0.15 0.2
 """
 
 from __future__ import annotations
@@ -53,6 +60,7 @@ from model.network.kinds import network_macs, network_parameters
 from model.pipeline import LaMambaPipeline
 from model.recipes import load_recipe
 from model.training.config import TrainConfig
+from model.training.export import export_run
 from model.training.run import Diverged, train
 from model.whole_file import write_json
 
@@ -82,7 +90,11 @@ class Run:
     fields: dict[str, Any]
     """Of TrainConfig, all but the run's folder and limits."""
     evaluation: dict[str, Any]
-    """Number of samples, sampler and steps."""
+    """Number of samples, sampler and steps; `sigma_rel` where an average of this length is measured instead
+    of the EMA.
+    """
+    overrides: tuple[str, ...] = ()
+    """What of the recipe was set otherwise, for the row to say."""
 
     @property
     def architecture(self) -> Architecture:
@@ -128,6 +140,9 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of every recipe to replace"
     )
+    parser.add_argument(
+        "--sigma-rel", nargs="*", type=float, default=[], help="lengths of averages to measure beside the EMA"
+    )
     parser.add_argument("--num", type=int, default=5000, help="samples, and views of a distance")
     parser.add_argument("--sampler", default="dpm++")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
@@ -139,7 +154,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     deadline = time.monotonic() + arguments.limit_s
     evaluation = {"num": arguments.num, "sampler": arguments.sampler, "num_inference_steps": arguments.steps}
-    runs = planned_runs(arguments.recipes, arguments.seeds, arguments.images, evaluation, arguments.set)
+    runs = planned_runs(
+        *(arguments.recipes, arguments.seeds, arguments.images),
+        evaluation,
+        arguments.set,
+        sigma_rels=arguments.sigma_rel,
+    )
     study = Study(runs, arguments.work_dir, arguments.results, device=resolve_device(arguments.device))
     missing = study.go_on(deadline)
     print(draw(arguments.results, [run.recipe for run in runs]))
@@ -152,15 +172,34 @@ def planned_runs(
     num_images: int,
     evaluation: dict[str, Any],
     overrides: Sequence[str] = (),
+    *,
+    sigma_rels: Sequence[float] = (),
 ) -> list[Run]:
-    """The runs in the order in which they are made. ValueError for an unknown recipe or a wrong field."""
+    """The runs in the order in which they are made. ValueError for an unknown recipe or a wrong field.
+
+    `sigma_rels`: lengths of averages of the same training, each a run that only measures.
+    """
     shared = ["data=places", "autoencoder=places", "num_views=100000", f"num_images={num_images}"]
     runs = []
     for seed in seeds:
         for recipe in recipes:
             fields = load_recipe(recipe, [*shared, f"seed={seed}", *overrides])
-            TrainConfig.from_dict(fields)
-            runs.append(Run(recipe=fields["name"], seed=seed, fields=fields, evaluation=evaluation))
+            config = TrainConfig.from_dict(fields)
+            if sigma_rels and not (config.snapshot_every and len(config.ema_tracks) > 1):
+                raise ValueError(
+                    f"sigma_rel: {sigma_rels[0]:g} given; it is accepted with "
+                    "--set 'ema_tracks=[0.05,0.1]' snapshot_every=N"
+                )
+            runs += [
+                Run(
+                    recipe=config.name,
+                    seed=seed,
+                    fields=fields,
+                    evaluation=evaluation | length,
+                    overrides=tuple(overrides),
+                )
+                for length in ({}, *({"sigma_rel": sigma_rel} for sigma_rel in sigma_rels))
+            ]
     return runs
 
 
@@ -206,16 +245,24 @@ class Study:
         return train(run.config(self.work_dir, stop_after_s=limit_s), device=self.device) is not None
 
     def _measure(self, run: Run) -> None:
-        """Add the row of a trained run, and throw its states away: they are 16 bytes a parameter."""
+        """Add the row of a trained run, and throw its states away, which are 16 bytes a parameter, unless
+        other averages come from them.
+        """
         folder = run.folder(self.work_dir)
-        pipeline = LaMambaPipeline.load(folder / "model", device=self.device)
-        samples = torch.cat([self._features(pixels) for pixels in sampled(pipeline, **run.evaluation)])
+        model, sampling = folder / "model", dict(run.evaluation)
+        sigma_rel = sampling.pop("sigma_rel", None)
+        if sigma_rel is not None:
+            model = folder / f"model-{sigma_rel:g}"
+            export_run(folder, model, sigma_rel=sigma_rel)
+        pipeline = LaMambaPipeline.load(model, device=self.device)
+        samples = torch.cat([self._features(pixels) for pixels in sampled(pipeline, **sampling)])
         distance, error = distance_to(samples, self._reference(run, pipeline.resolution))
         architecture = run.architecture
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         row = {
             "key": run.key,
             "recipe": run.recipe,
+            "set": list(run.overrides),
             "seed": run.seed,
             "frechet_distance": round(distance, 4),
             "standard_error": round(error, 4),
@@ -232,7 +279,8 @@ class Study:
             "environment": environment(),
         }
         self._add(row)
-        shutil.rmtree(folder / "states", ignore_errors=True)
+        if not run.fields.get("ema_tracks"):
+            shutil.rmtree(folder / "states", ignore_errors=True)
         logger.info("%s, seed %d: distance %.2f +- %.2f", run.recipe, run.seed, distance, error)
 
     def _reference(self, run: Run, size: int) -> FeatureStatistics:

@@ -72,7 +72,8 @@ def table(rows: Sequence[dict[str, Any]], recipes: Sequence[str] = ()) -> str:
             speed = statistics.median(row["images_per_second"] for row in group)
             minutes = statistics.mean(row["training_seconds"] for row in group) / 60
             lines.append(
-                f"| {recipe} | {first['images']:,} | {first['parameters'] / 1e6:.2f} | {first['gmacs']:.2f} "
+                f"| {label(first)} | {first['images']:,} "
+                f"| {first['parameters'] / 1e6:.2f} | {first['gmacs']:.2f} "
                 f"| {distances} | {mean:.2f} | {speed:,.0f} | {minutes:.1f} | {paper_fid(recipe)} |"
             )
     return "\n".join(lines)
@@ -101,7 +102,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axis.errorbar(x, value, yerr=bar or None, color=color, capsize=3, linewidth=1)
             axis.scatter(x, value, s=6 * group[0]["parameters"] / 1e6, color=color, alpha=0.45)
             axis.annotate(
-                recipe.removeprefix("imagenet-256-"),
+                label(group[0]).removeprefix("imagenet-256-"),
                 (x, value),
                 textcoords="offset points",
                 xytext=(6, 4),
@@ -128,6 +129,12 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, Any], list[dict[st
         key = json.dumps([others, row.get("samples", {}) | {"weights": None}], sort_keys=True)
         found.setdefault((row["recipe"], key), []).append(row)
     return {key: sorted(group, key=lambda row: row["seed"] or 0) for key, group in found.items()}
+
+
+def label(row: dict[str, Any]) -> str:
+    """The recipe of a row, with what was set otherwise in it and which average was measured."""
+    length = row.get("samples", {}).get("sigma_rel")
+    return ", ".join([row["recipe"], *row.get("set", []), *([f"sigma_rel {length:g}"] if length else [])])
 
 
 def paper_fid(recipe: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import study as module
 from benchmarks.study import RECIPES, Run, Study, planned_runs
-from benchmarks.study_report import draw, table
+from benchmarks.study_report import draw, label, table
 from model.evaluation.features import Features
 from model.network.kinds import network_macs, network_parameters
 from model.training.config import TrainConfig
@@ -119,6 +120,33 @@ def test_runs_are_equal_but_for_network_and_seed() -> None:
         planned_runs(RECIPES[:1], [0], 1000, EVALUATION, ["nets=1"])
 
 
+def test_lengths_of_averages_are_measured_of_one_training(
+    trained: list[TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[tuple[Path, float]] = []
+
+    def export(run: Path, target: Path, *, sigma_rel: float) -> None:
+        assert (run / "states").is_dir()
+        exported.append((run, sigma_rel))
+        shutil.copytree(run / "model", target)
+
+    monkeypatch.setattr(module, "export_run", export)
+    small = ["network.hidden_size=16", "network.num_heads=2"]
+    lengths = {"sigma_rels": [0.05, 0.2]}
+    with pytest.raises(ValueError, match=r"sigma_rel: 0.05 given; it is accepted with --set"):
+        planned_runs(RECIPES[:1], [0], 1000, EVALUATION, small, **lengths)
+    overrides = [*small, "ema_tracks=[0.05,0.1]", "snapshot_every=256"]
+    runs = planned_runs(RECIPES[:1], [0], 1000, EVALUATION, overrides, **lengths)
+    study = Study(runs, tmp_path / "work", tmp_path / "study.json", device=CPU)
+    assert [study.go_on(time.monotonic() + 1000) for _ in range(2)] == [3, 0]
+    assert len({config.output_dir for config in trained}) == 1
+    (folder,) = {run for run, _ in exported}
+    assert exported == [(folder, 0.05), (folder, 0.2)]
+    labels = [label(row) for row in study.rows.values() if row["recipe"] == RECIPES[0]]
+    setting = ", ".join([RECIPES[0], *overrides])
+    assert labels == [setting, f"{setting}, sigma_rel 0.05", f"{setting}, sigma_rel 0.2"]
+
+
 def _row(recipe: str, seed: int, distance: float, **facts: Any) -> dict[str, Any]:
     shared = {"key": f"{recipe}{seed}", "standard_error": 0.25, "parameters": 34e6, "gmacs": 3.2}
     shared |= {"images": 1000, "images_per_second": 900.0, "training_seconds": 90.0}
@@ -143,6 +171,8 @@ def test_the_table_sets_seeds_side_by_side_and_names_what_is_missing(tmp_path: P
     assert text[3] == "| imagenet-256-dit-s-2 | not run yet | | | | | | | 68.40 |"
     assert text[4] == "| other reserved views | | | | 3.00 ± 0.10 | 3.00 | | | |"
     assert {line.count("|") for line in text} == {10}
+    option = table([rows[0] | {"set": ["min_snr_gamma=5"]}]).splitlines()[2]
+    assert option.startswith("| imagenet-256-s, min_snr_gamma=5 | 1,000 |")
 
 
 def test_the_drawing_has_all_rows(tmp_path: Path) -> None:
