@@ -382,10 +382,10 @@ def plot(content: Mapping[str, Any], path: Path) -> Path:
             right.scatter(*zip(*points, strict=True), s=8, color=color, label=f"{label} ({len(points)})")
     for name, at_s in ends["ended_at_s"].items():
         right.axvline(at_s, color="#1d4ed8", linestyle="--", linewidth=1)
-        right.annotate(name, (at_s, 1), xycoords=("data", "axes fraction"), fontsize=8, va="top")
+        right.annotate(f" {name}", (at_s, 0), xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
     right.set_xlabel("when the request came, s")
     right.set_ylabel("latency, s")
-    right.set_ylim(bottom=0)
+    right.set_ylim(bottom=-0.5)  # below the points, where the signals' names are
     right.set_title(f"{ends['replicas']} replicas, two of which end", fontsize=10)
     finish(right)
     return save(figure, content["environment"], path)
