@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from threading import Event
 from typing import Any, TypeVar
 
@@ -199,24 +200,27 @@ class World:
 def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
     """FSDP2: the parameters of `network` as shards over the ranks of `mesh`, gathered some blocks at a time.
 
-    The host launches an FSDP step call by call, and each group costs it milliseconds: so groups are as large
-    as the messages of ddp. The blocks' maps of the conditioning are one of their own, since the network runs
-    them all before its first block (`LaMambaDiff.conditioning`).
+    The host launches an FSDP step call by call, and each time that a group is gathered costs it milliseconds.
+    So groups are as large as the messages of ddp, and stay whole from the forward to the backward pass:
+    parameters are a fifth of what there is one of for each parameter, the others stay in shards. The blocks'
+    maps of the conditioning are one group, since the network runs them all before its first block
+    (`LaMambaDiff.conditioning`).
     """
+    shard = partial(fully_shard, mesh=mesh, reshard_after_forward=False)
     repeated = tuple(getattr(network, "_repeated_blocks", None) or ())
     blocks = [module for module in network.modules() if type(module).__name__ in repeated]
     maps = [getattr(block, name, None) for block in blocks for name in ("conditioning_proj", "modulation")]
     linears: list[nn.Module] = [module for module in maps if isinstance(module, nn.Linear)]
     if linears:
-        fully_shard(linears, mesh=mesh)
+        shard(linears)
     own = {id(parameter) for module in linears for parameter in module.parameters()}
 
     def numel(block: nn.Module) -> int:
         return sum(parameter.numel() for parameter in block.parameters() if id(parameter) not in own)
 
     for group in in_buckets(blocks, numel):
-        fully_shard(group, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+        shard(group)
+    shard(network)
 
 
 def local_shard(tensor: Tensor) -> Tensor:
