@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.autoencoder import Autoencoder, to_pixels
+from model.autoencoder import Autoencoder
 from model.captured_decoder import DECODED_SIZES, CapturedDecoder
 from model.captured_steps import CapturedSteps, StepFunction
 from model.cpu_rows import RowThreads
@@ -157,7 +157,7 @@ class LaMambaPipeline:
             if graphs:
                 latent_shape = _latent_shape(network)
                 decoder = CapturedDecoder(
-                    lambda latents: to_pixels(autoencoder.decode(latents)),
+                    autoencoder.pixels,
                     latent_shape=latent_shape,
                     device=device,
                     sizes=DECODED_SIZES if rows is None else (1,),
@@ -223,7 +223,7 @@ class LaMambaPipeline:
     def decode_bytes(self, num_images: int) -> int:
         """Device memory that decoding so many images takes at once; on CUDA. Raises OutOfMemoryError."""
         latents = torch.zeros(num_images, *self.latent_shape, device=self.device)
-        return peak_bytes(lambda: to_pixels(self.autoencoder.decode(latents)), self.device)
+        return peak_bytes(partial(self.autoencoder.pixels, latents), self.device)
 
     def num_rows(self, num_images: int, num_guided: int) -> int:
         """Rows that the networks compute in a step of so many images, those that fill them up included."""
@@ -291,7 +291,7 @@ class LaMambaPipeline:
         # On a CPU a batch takes the time of its images one by one, and a multiple of their memory.
         singly = self.device.type == "cpu" or self.fixed_rows is not None
         parts = latents.split(1) if singly else (latents,)
-        return to_pixels(torch.cat([self.autoencoder.decode(part) for part in parts])).cpu()
+        return torch.cat([self.autoencoder.pixels(part) for part in parts]).cpu()
 
     @torch.inference_mode()
     def preview(self, latents: Tensor) -> Tensor:
