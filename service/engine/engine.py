@@ -192,8 +192,10 @@ class Engine:
         return [ticket for ticket in self._take_tickets() if not ticket.done]
 
     def cancel(self, ticket: Ticket) -> None:
-        """Give a request up: its slots are free at the next step. Does nothing to a finished one."""
-        if ticket.done or not ticket.cancel():
+        """Give a request up: its slots are free at the next step. Does nothing to one that is answered, or is
+        being answered by another thread.
+        """
+        if not self._gives_up(ticket) or not ticket.cancel():
             return
         self._metrics.cancellations.inc()
         self._metrics.request_success.labels("abort").inc()
@@ -380,7 +382,7 @@ class Engine:
             steps_done=ticket.steps_done,
             steps=request.num_images * request.num_inference_steps,
         )
-        if ticket.fail(error):  # else it was answered in this moment
+        if self._gives_up(ticket) and ticket.fail(error):  # else it was answered in this moment
             _logger.info("%s", error, extra={"request_id": request.request_id})
             self._metrics.deadlines_exceeded.labels(stage).inc()
             self._metrics.request_success.labels("timeout").inc()
@@ -534,13 +536,23 @@ class Engine:
 
     def _fail(self, ticket: Ticket, error: Exception, *, stage: str) -> None:
         answer = GenerationFailed(f"{stage}: failed for this request; the server's log has the reason")
-        if not ticket.fail(answer):  # answered already, maybe by another thread in this moment
+        if not self._gives_up(ticket) or not ticket.fail(answer):  # answered already, or in this moment
             return
         request_id = ticket.request.request_id
         _logger.error("%s failed", stage, exc_info=error, extra={"request_id": request_id})
         self._metrics.failures.labels(stage).inc()
         self._metrics.request_success.labels("error").inc()
         self._close(ticket)
+
+    def _gives_up(self, ticket: Ticket) -> bool:
+        """Whether it is for the caller to cancel a request or to fail it, and to count that.
+
+        It is for the first one alone: the images of a request are given up one by one, and after the first of
+        them its client may leave, which would have another thread cancel the others.
+        """
+        with self._changed:
+            first, ticket.given_up = not ticket.given_up, True
+        return first
 
     def _close(self, ticket: Ticket) -> None:
         """The request is answered: nobody waits for it, and what is left of it in queue and slots goes."""
@@ -576,7 +588,8 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         for ticket in self._take_tickets():
-            if ticket.fail(error):
+            first = self._gives_up(ticket)
+            if ticket.fail(error) and first:  # the images that another thread was about to answer, too
                 self._metrics.request_success.labels("error").inc()
 
     def _fail_joining(self, error: Exception) -> None:
