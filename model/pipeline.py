@@ -242,6 +242,19 @@ class LaMambaPipeline:
         if isinstance(self.step_function, CapturedSteps):
             yield from self.step_function.capture_all(max_images=max_images, conditional=self.num_classes > 0)
 
+    @torch.inference_mode()
+    def prepare_decode(self, *, max_images: int) -> Iterator[None]:
+        """Make ready what `decode` makes at the first batch of each size, up to so many images; a size at a
+        time.
+        """
+        if self.captured_decoder is not None:
+            sizes = self.captured_decoder.sizes(max_images=max_images)
+        else:
+            sizes = [1] if self._decodes_singly else list(range(1, max_images + 1))
+        for num_images in sizes:
+            self.decode(torch.zeros(num_images, *self.latent_shape, device=self.device))
+            yield
+
     @property
     def num_classes(self) -> int:
         """0 for an unconditional model."""
@@ -288,10 +301,15 @@ class LaMambaPipeline:
         """Latents `(n, C, H, W)` to pixels `(n, height, width, 3)` uint8 on the CPU."""
         if self.captured_decoder is not None and len(latents):
             return self.captured_decoder(latents)
-        # On a CPU a batch takes the time of its images one by one, and a multiple of their memory.
-        singly = self.device.type == "cpu" or self.fixed_rows is not None
-        parts = latents.split(1) if singly else (latents,)
+        parts = latents.split(1) if self._decodes_singly else (latents,)
         return torch.cat([self.autoencoder.pixels(part) for part in parts]).cpu()
+
+    @property
+    def _decodes_singly(self) -> bool:
+        """Where nothing is captured. On a CPU a batch takes the time of its images one by one, and a multiple
+        of their memory.
+        """
+        return self.device.type == "cpu" or self.fixed_rows is not None
 
     @torch.inference_mode()
     def preview(self, latents: Tensor) -> Tensor:
