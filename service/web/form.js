@@ -94,6 +94,7 @@ export class Form {
     for (const control of controls) control.setAttribute("aria-invalid", "true");
     if (element("settings").contains(field)) element("settings").open = true;
     controls[0].focus();
+    field.scrollIntoView({ block: "nearest" }); // the error, too, which stands below
     return true;
   }
 
@@ -135,7 +136,7 @@ export class Form {
     if (range === null) return;
     const { minimum, maximum } = range;
     for (const [end, id] of INTERVAL.entries()) element(id).placeholder = [minimum, maximum][end];
-    element("interval-hint").textContent = `Timesteps, ${minimum} clean to ${maximum} noise; others cost half.`;
+    element("interval-hint").textContent = `Timesteps with guidance, ${minimum} clean to ${maximum} noise; others cost half.`;
   }
 
   /** The least and the greatest guided timestep, where one is given; the other is then the range's. */

@@ -296,6 +296,7 @@ def test_a_wrong_interval_is_shown_at_both_of_its_ends(
     ends = page.get_by_role("group", name="Guided").get_by_role("textbox")
     generate(page, **{"interval-low": low, "interval-high": high})
     expect(ends.first).to_be_focused()
+    expect(page.locator("#interval-error")).to_be_in_viewport(ratio=1)
     for end in ends.all():
         expect(end).to_have_attribute("aria-invalid", "true")
         expect(end).to_have_accessible_description(re.compile(re.escape(message)))
