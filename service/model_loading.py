@@ -93,9 +93,10 @@ def import_libraries() -> None:
     It stays as long as the process, so the garbage collector need not look at it again: it is half a million
     objects, which hold up all threads for a quarter of a second. Models come later and are collected.
     """
-    gc.disable()  # it would go through them several times while they come
+    gc.disable()  # once, at the end, is enough: it would go through them time and again while they come
     try:
         importlib.import_module("model.pipeline")
+        gc.collect()
         gc.freeze()
     finally:
         gc.enable()
