@@ -125,6 +125,10 @@ class Autoencoder:
         parts = [self._decode(part, tiled) for part in z.to(self.dtype).split(self._micro_batch(pixels))]
         return torch.cat(parts).clamp(-1, 1)
 
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Pixels (n, H, W, 3) uint8 of scaled latents (n, C, h, w), on their device."""
+        return to_pixels(self.decode(latents))
+
     def _decode(self, z: Tensor, tiled: bool) -> Tensor:
         module = self.module
         if tiled:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.cuda_graph import Captures
+from model.cuda_graph import Captures, capture_order
 
 __all__ = ["DECODED_SIZES", "CapturedDecoder"]
 
@@ -48,6 +48,12 @@ class CapturedDecoder:
     def __call__(self, latents: Tensor) -> Tensor:
         """Pixels (n, height, width, 3) uint8 on the CPU."""
         return torch.cat([self._pixels(part) for part in latents.split(self._sizes[-1])])
+
+    def sizes(self, *, max_images: int) -> list[int]:
+        """Images of the batches that have to be decoded for batches of up to so many to be captured, in the
+        best order.
+        """
+        return capture_order(self._sizes, max_images)
 
     def _pixels(self, latents: Tensor) -> Tensor:
         num_images = len(latents)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.cuda_graph import Captures
+from model.cuda_graph import Captures, capture_order
 from model.diffusion.step import StepBatch
 
 __all__ = ["CAPTURED_SIZES", "CapturedSteps", "StepFunction"]
@@ -85,8 +85,7 @@ class CapturedSteps:
 
         `conditional`: also with guidance, which an unconditional model does not have.
         """
-        smaller = [size for size in self._sizes if size < max_images]
-        for size in (*self._sizes[len(smaller) : len(smaller) + 1], *reversed(smaller)):
+        for size in capture_order(self._sizes, max_images):
             for num_guided in _guided_sizes(size) if conditional else (0,):
                 self._captured_step((size, num_guided))
                 yield

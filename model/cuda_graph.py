@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["CapturedStep", "Captures", "restored"]
+__all__ = ["CapturedStep", "Captures", "capture_order", "restored"]
 
 Result = TypeVar("Result")
 
@@ -61,6 +61,14 @@ class CapturedStep(Generic[Result]):
     def __call__(self) -> Result:
         self._graph.replay()
         return self._result
+
+
+def capture_order(sizes: Sequence[int], most: int) -> list[int]:
+    """Of ascending sizes those up to the one that holds `most`, the largest first: the others share its
+    memory.
+    """
+    smaller = [size for size in sizes if size < most]
+    return [*sizes[len(smaller) : len(smaller) + 1], *reversed(smaller)]
 
 
 class Captures:

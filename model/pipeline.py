@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.autoencoder import Autoencoder, to_pixels
+from model.autoencoder import Autoencoder
 from model.captured_decoder import DECODED_SIZES, CapturedDecoder
 from model.captured_steps import CapturedSteps, StepFunction
 from model.cpu_rows import RowThreads
@@ -157,7 +157,7 @@ class LaMambaPipeline:
             if graphs:
                 latent_shape = _latent_shape(network)
                 decoder = CapturedDecoder(
-                    lambda latents: to_pixels(autoencoder.decode(latents)),
+                    autoencoder.pixels,
                     latent_shape=latent_shape,
                     device=device,
                     sizes=DECODED_SIZES if rows is None else (1,),
@@ -223,7 +223,7 @@ class LaMambaPipeline:
     def decode_bytes(self, num_images: int) -> int:
         """Device memory that decoding so many images takes at once; on CUDA. Raises OutOfMemoryError."""
         latents = torch.zeros(num_images, *self.latent_shape, device=self.device)
-        return peak_bytes(lambda: to_pixels(self.autoencoder.decode(latents)), self.device)
+        return peak_bytes(partial(self.autoencoder.pixels, latents), self.device)
 
     def num_rows(self, num_images: int, num_guided: int) -> int:
         """Rows that the networks compute in a step of so many images, those that fill them up included."""
@@ -241,6 +241,19 @@ class LaMambaPipeline:
         """
         if isinstance(self.step_function, CapturedSteps):
             yield from self.step_function.capture_all(max_images=max_images, conditional=self.num_classes > 0)
+
+    @torch.inference_mode()
+    def prepare_decode(self, *, max_images: int) -> Iterator[None]:
+        """Make ready what `decode` makes at the first batch of each size, up to so many images; a size at a
+        time.
+        """
+        if self.captured_decoder is not None:
+            sizes = self.captured_decoder.sizes(max_images=max_images)
+        else:
+            sizes = [1] if self._decodes_singly else list(range(1, max_images + 1))
+        for num_images in sizes:
+            self.decode(torch.zeros(num_images, *self.latent_shape, device=self.device))
+            yield
 
     @property
     def num_classes(self) -> int:
@@ -288,10 +301,15 @@ class LaMambaPipeline:
         """Latents `(n, C, H, W)` to pixels `(n, height, width, 3)` uint8 on the CPU."""
         if self.captured_decoder is not None and len(latents):
             return self.captured_decoder(latents)
-        # On a CPU a batch takes the time of its images one by one, and a multiple of their memory.
-        singly = self.device.type == "cpu" or self.fixed_rows is not None
-        parts = latents.split(1) if singly else (latents,)
-        return to_pixels(torch.cat([self.autoencoder.decode(part) for part in parts])).cpu()
+        parts = latents.split(1) if self._decodes_singly else (latents,)
+        return torch.cat([self.autoencoder.pixels(part) for part in parts]).cpu()
+
+    @property
+    def _decodes_singly(self) -> bool:
+        """Where nothing is captured. On a CPU a batch takes the time of its images one by one, and a multiple
+        of their memory.
+        """
+        return self.device.type == "cpu" or self.fixed_rows is not None
 
     @torch.inference_mode()
     def preview(self, latents: Tensor) -> Tensor:

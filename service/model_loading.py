@@ -7,6 +7,8 @@ neither           the shipped models
 
 from __future__ import annotations
 
+import gc
+import importlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +34,7 @@ __all__ = [
     "ModelCopies",
     "ModelSource",
     "first_sources",
+    "import_libraries",
     "load_pipeline",
     "rows_of_calls",
 ]
@@ -84,13 +87,27 @@ def _shipped_folders() -> list[Path]:
     return shipped
 
 
+def import_libraries() -> None:
+    """Import what models are loaded by, which takes seconds, before the first of them is.
+
+    It stays as long as the process, so the garbage collector need not look at it again: it is half a million
+    objects, which hold up all threads for a quarter of a second. Models come later and are collected.
+    """
+    gc.disable()  # once, at the end, is enough: it would go through them time and again while they come
+    try:
+        importlib.import_module("model.pipeline")
+        gc.collect()
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
 def load_pipeline(source: ModelSource, device: torch.device, settings: Settings) -> ServedPipeline:
     """Load a model for one device, as the settings say.
 
     Raises ValueError, one line that names the folder, or whatever else a broken folder or a full device makes
     libraries raise.
     """
-    # diffusers takes seconds to import: here the server answers its probes meanwhile.
     from model.pipeline import LaMambaPipeline
 
     adopt_library_logs()

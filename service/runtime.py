@@ -34,7 +34,7 @@ from service.errors import Draining, EngineFailure, EngineStopped, NotReady, Sta
 from service.idempotency import IdempotentAnswers
 from service.metrics import Metrics
 from service.model_control import ModelControl
-from service.model_loading import DETERMINISTIC_ROWS, ModelCopies, first_sources
+from service.model_loading import DETERMINISTIC_ROWS, ModelCopies, first_sources, import_libraries
 from service.model_repository import ModelRepository
 from service.rate_limits import RateLimits
 from service.tracing import tracing_of_environment
@@ -214,6 +214,8 @@ class Runtime:
             folder = settings.model_repository
             repository = None if folder is None else ModelRepository(folder)
             sources = [] if self._given is not None else first_sources(settings, repository)
+            if sources:
+                import_libraries()
             copies = [ModelCopies(source, devices, settings) for source in sources]
             loaded = [
                 self._given or [copy.at_start(index) for copy in copies] for index in range(num_engines)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.autoencoder import to_pixels
 from model.diffusion.schedule import NoiseSchedule
 from model.pipeline import LaMambaPipeline
 from model.preview import PreviewMap
@@ -70,6 +71,9 @@ class FakeAutoencoder:
         self.batches.append(len(latents))
         images = torch.tanh(latents[:, :3])  # (n, 3, h, w)
         return images.repeat_interleave(self.downsampling, 2).repeat_interleave(self.downsampling, 3)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        return to_pixels(self.decode(latents))
 
 
 def fake_pipeline(

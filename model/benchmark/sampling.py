@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from rich.table import Table
 from torch import Tensor, nn
 
-from model.autoencoder import Autoencoder, to_pixels
+from model.autoencoder import Autoencoder
 from model.benchmark.config import LEVELS, PRESETS, Shape, architecture, dit_architecture
 from model.benchmark.environment import device_slug, environment
 from model.benchmark.forward import peer_name
@@ -297,7 +297,7 @@ def _decoder(config: ImagesConfig, device: torch.device) -> Autoencoder:
 
 
 def _pixels(loop: _Loop, decoder: Autoencoder) -> Tensor:
-    return to_pixels(decoder.decode(loop.latents)).cpu()
+    return decoder.pixels(loop.latents).cpu()
 
 
 def _timed(loop: _Loop, decoder: Autoencoder, device: torch.device) -> tuple[float, float]:

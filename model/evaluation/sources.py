@@ -106,9 +106,9 @@ class ReconstructedViews:
         return {**self.views.description, "name": name}
 
     def batches(self, part: range) -> Batches:
-        decode, encode = self.autoencoder.decode, self.autoencoder.encode_moments
+        autoencoder = self.autoencoder
         for images, labels in self.views.rendered(part):
-            yield to_pixels(decode(self.autoencoder.latents(encode(images)))), labels
+            yield autoencoder.pixels(autoencoder.latents(autoencoder.encode_moments(images))), labels
 
 
 class NpzImages:

@@ -30,7 +30,8 @@ from model.diffusion.guidance import guided_steps
 from model.diffusion.samplers import sampler_table
 from service.engine.batching import CONTINUOUS
 from service.engine.decode import Decoder
-from service.engine.request import GenerationRequest, ImageJob, Preview, Ticket, Watcher
+from service.engine.reports import Reports
+from service.engine.request import GenerationRequest, ImageJob, Ticket, Watcher
 from service.engine.runner import Runner
 from service.engine.scheduler import AGING_S, PlannedStep, Scheduler
 from service.errors import DeadlineExceeded, Draining, EngineStopped, GenerationFailed, QueueFull
@@ -80,7 +81,7 @@ class Engine:
 
         self._timed: set[Ticket] = set()  # with a deadline; like the scheduler, the engine's thread's own
         self._next_deadline = math.inf  # of those, or earlier, where one has been closed since
-        self._watched: set[Ticket] = set()  # with a watcher and no image started; the engine's thread's too
+        self._reports = Reports(self._scheduler, metrics, clock)  # the engine's thread's too
         self._warm_ups: deque[tuple[Iterator[None], Future[None]]] = deque()  # of lanes to come; likewise
         self._retired: set[LaneName] = set()  # lanes to go when their last image has; likewise
 
@@ -192,8 +193,10 @@ class Engine:
         return [ticket for ticket in self._take_tickets() if not ticket.done]
 
     def cancel(self, ticket: Ticket) -> None:
-        """Give a request up: its slots are free at the next step. Does nothing to a finished one."""
-        if ticket.done or not ticket.cancel():
+        """Give a request up: its slots are free at the next step. Does nothing to one that is answered, or is
+        being answered by another thread.
+        """
+        if not self._gives_up(ticket) or not ticket.cancel():
             return
         self._metrics.cancellations.inc()
         self._metrics.request_success.labels("abort").inc()
@@ -280,8 +283,8 @@ class Engine:
         self._scheduler.row_limit.count_good_step()
         self._observe(plan, seconds)
         self._postprocess(plan, failures)
-        self._report_steps(plan)
-        self._report_queue()
+        self._reports.report_steps(plan, self._runners[plan.lane])
+        self._reports.report_queue()
         self._warm_up_further()
         return True
 
@@ -355,8 +358,7 @@ class Engine:
 
     def _accept(self, ticket: Ticket) -> None:
         self._scheduler.add(ticket)
-        if ticket.watcher is not None:
-            self._watched.add(ticket)
+        self._reports.add(ticket)
         if ticket.deadline < math.inf:
             self._timed.add(ticket)
             self._next_deadline = min(self._next_deadline, ticket.deadline)
@@ -380,7 +382,7 @@ class Engine:
             steps_done=ticket.steps_done,
             steps=request.num_images * request.num_inference_steps,
         )
-        if ticket.fail(error):  # else it was answered in this moment
+        if self._gives_up(ticket) and ticket.fail(error):  # else it was answered in this moment
             _logger.info("%s", error, extra={"request_id": request.request_id})
             self._metrics.deadlines_exceeded.labels(stage).inc()
             self._metrics.request_success.labels("timeout").inc()
@@ -394,7 +396,7 @@ class Engine:
             if ticket.started_at is None:
                 ticket.started_at = self._clock()
                 self._metrics.request_queue_time.observe(ticket.started_at - ticket.submitted_at)
-                self._watched.discard(ticket)
+                self._reports.forget(ticket)
 
     def _run(self, lane: LaneName, jobs: Sequence[ImageJob]) -> dict[ImageJob, Exception] | None:
         """Run the step; where it raises, run its images one by one, so that only the culprit fails.
@@ -449,52 +451,9 @@ class Engine:
                 job.ticket.denoised_at = self._clock()
             self._decoder.submit(latents)
 
-    def _report_steps(self, plan: PlannedStep) -> None:
-        watched = [job for job in plan.jobs if job.ticket.watcher is not None]
-        if not watched:
-            return
-        previews: dict[Ticket, list[Preview]] = {job.ticket: [] for job in watched}
-        for preview in self._previews(plan.lane, watched):
-            previews[preview.job.ticket].append(preview)
-        for ticket, new in previews.items():
-            if new and not ticket.previewed:
-                ticket.previewed = True
-                self._metrics.time_to_first_preview.observe(self._clock() - ticket.submitted_at)
-            if ticket.watcher is not None:
-                ticket.watcher.changed(new)
-
-    def _previews(self, lane: LaneName, jobs: Sequence[ImageJob]) -> list[Preview]:
-        """The previews that are due; an image that is finished, or has failed, has given its slot back."""
-        due = {
-            job: index
-            for job in jobs
-            if job.slot is not None and (index := job.request.preview_index(job.step_index)) is not None
-        }
-        if not due:
-            return []
-        try:
-            pixels = self._runners[lane].preview(list(due))  # (n, h, w, 3)
-        except torch.AcceleratorError:
-            raise
-        except Exception:  # an image is worth more than the picture of its being made
-            _logger.exception("previews of %d images failed; the images go on", len(due))
-            return []
-        return [
-            Preview(job=job, index=index, steps_done=job.step_index, pixels=picture)
-            for (job, index), picture in zip(due.items(), pixels, strict=True)
-        ]
-
-    def _report_queue(self) -> None:
-        for lane in {ticket.request.lane for ticket in self._watched}:
-            for position, ticket in enumerate(self._scheduler.queue(lane), start=1):
-                if ticket in self._watched and ticket.queue_position != position:
-                    ticket.queue_position = position
-                    if ticket.watcher is not None:
-                        ticket.watcher.changed(())
-
     def _drop(self, ticket: Ticket) -> None:
         self._timed.discard(ticket)
-        self._watched.discard(ticket)
+        self._reports.forget(ticket)
         num_queued = self._scheduler.drop(ticket)
         self._leave_queue(num_queued)
 
@@ -534,13 +493,23 @@ class Engine:
 
     def _fail(self, ticket: Ticket, error: Exception, *, stage: str) -> None:
         answer = GenerationFailed(f"{stage}: failed for this request; the server's log has the reason")
-        if not ticket.fail(answer):  # answered already, maybe by another thread in this moment
+        if not self._gives_up(ticket) or not ticket.fail(answer):  # answered already, or in this moment
             return
         request_id = ticket.request.request_id
         _logger.error("%s failed", stage, exc_info=error, extra={"request_id": request_id})
         self._metrics.failures.labels(stage).inc()
         self._metrics.request_success.labels("error").inc()
         self._close(ticket)
+
+    def _gives_up(self, ticket: Ticket) -> bool:
+        """Whether it is for the caller to cancel a request or to fail it, and to count that.
+
+        It is for the first one alone: the images of a request are given up one by one, and after the first of
+        them its client may leave, which would have another thread cancel the others.
+        """
+        with self._changed:
+            first, ticket.given_up = not ticket.given_up, True
+        return first
 
     def _close(self, ticket: Ticket) -> None:
         """The request is answered: nobody waits for it, and what is left of it in queue and slots goes."""
@@ -576,7 +545,8 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         for ticket in self._take_tickets():
-            if ticket.fail(error):
+            first = self._gives_up(ticket)
+            if ticket.fail(error) and first:  # the images that another thread was about to answer, too
                 self._metrics.request_success.labels("error").inc()
 
     def _fail_joining(self, error: Exception) -> None:

@@ -268,6 +268,8 @@ class EngineGroup:
             self._num_moving -= 1
 
     def _move(self, ticket: Ticket) -> None:
+        if ticket.done:  # its client has left meanwhile
+            return
         others = self._by_load(ticket.request.lane) if ticket.restarts < MAX_RESTARTS else []
         ticket.restart()
         for engine in others:

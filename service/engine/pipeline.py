@@ -60,6 +60,9 @@ class ServedPipeline(Protocol):
     def prepare_steps(self, *, max_images: int) -> Iterator[None]:
         """Make ready whatever the first step of up to so many images would have to make, a part at a time."""
 
+    def prepare_decode(self, *, max_images: int) -> Iterator[None]:
+        """Make ready what the first batch of up to so many images would have to make, a part at a time."""
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, C, H, W) fp32 to pixels (n, height, width, 3) uint8 on the CPU."""
 

@@ -168,6 +168,8 @@ class Ticket:
         self.restarts = 0
         self.previewed = False
         """Whether there has been a preview."""
+        self.given_up = False
+        """Whether somebody has begun to cancel it or to fail it; its engine's lock guards this."""
         self.submitted_at = submitted_at
         self.started_at: float | None = None
         self.denoised_at: float | None = None

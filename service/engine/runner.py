@@ -124,8 +124,8 @@ class Runner:
     def warm_up(self, *, decode_batch: int) -> None:
         """Run images through network and decoder, so that no request pays for what is lazy.
 
-        On CUDA also at the other ends of what a step can be (`_warm_up_steps`) and at each size of the
-        decoder's batches. Raises whatever that raises, and ArithmeticError for weights that give no finite
+        On CUDA also at the other ends of what a step can be (`_warm_up_steps`) and at each size that the
+        decoder runs. Raises whatever that raises, and ArithmeticError for weights that give no finite
         numbers.
         """
         for _ in self.warm_up_in_parts(decode_batch=decode_batch):
@@ -144,9 +144,7 @@ class Runner:
             if not torch.isfinite(latents).all():
                 raise ArithmeticError(f"{pipeline.name} computes values that are not finite")
             yield
-        for num_images in range(1, decode_batch + 1) if self._all_sizes else (1,):
-            pipeline.decode(torch.zeros((num_images, *pipeline.latent_shape), device=self._device))
-            yield
+        yield from pipeline.prepare_decode(max_images=decode_batch)
 
     def _warm_up_step(self, num_images: int, *, guided: bool) -> Tensor:
         """The latents `(num_images, C, H, W)` after a step of that many images of class 0."""

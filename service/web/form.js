@@ -6,6 +6,7 @@ import { json } from "./request.js";
 const PREVIEWS = 16; // of each image: often enough to watch it grow
 const FINE = 200; // positions of a slider over a range too wide to be even
 const RANGED = ["num_images", "cfg_scale", "steps"];
+const INTERVAL = ["interval-low", "interval-high"];
 
 const element = (id) => document.getElementById(id);
 
@@ -50,6 +51,7 @@ export class Form {
       model: this.#model.id,
       class_id: this.#classes.value,
       ...numbers,
+      guidance_interval: this.#interval,
       sampler,
       seed: seed === "" ? undefined : /^-?\d+$/.test(seed) ? BigInt(seed) : seed,
       previews: Math.min(PREVIEWS, this.#model.limits.previews.maximum) || undefined,
@@ -58,6 +60,7 @@ export class Form {
       model: this.#model.id,
       class_label: this.#model.num_classes ? label : null,
       cfg_scale: numbers.cfg_scale ?? this.#defaults.cfg_scale,
+      guidance_interval: this.#interval ?? null,
       steps: numbers.steps ?? this.#defaults.steps,
       sampler,
       seed: seed || null,
@@ -76,6 +79,7 @@ export class Form {
     document.querySelector(`input[name=sampler][value="${facts.sampler}"]`).checked = true;
     this.#useDefaults();
     for (const name of ["cfg_scale", "steps", "seed"]) element(name).value = facts[name];
+    for (const [end, id] of INTERVAL.entries()) element(id).value = facts.guidance_interval?.[end] ?? "";
     for (const name of RANGED) this.#toSlider(name);
     this.clearErrors();
   }
@@ -86,10 +90,11 @@ export class Form {
     if (!field) return false;
     field.classList.add("wrong");
     field.querySelector(".error").textContent = error.reason;
-    const control = field.querySelector("input:not([type=range])");
-    control.setAttribute("aria-invalid", "true");
+    const controls = field.querySelectorAll("input[type=text], input:checked");
+    for (const control of controls) control.setAttribute("aria-invalid", "true");
     if (element("settings").contains(field)) element("settings").open = true;
-    control.focus();
+    controls[0].focus();
+    field.scrollIntoView({ block: "nearest" }); // the error, too, which stands below
     return true;
   }
 
@@ -101,7 +106,7 @@ export class Form {
     if (!field?.classList.contains("wrong")) return;
     field.classList.remove("wrong");
     field.querySelector(".error").textContent = "";
-    field.querySelector("[aria-invalid]")?.removeAttribute("aria-invalid");
+    for (const control of field.querySelectorAll("[aria-invalid]")) control.removeAttribute("aria-invalid");
   }
 
   #select(id) {
@@ -110,6 +115,7 @@ export class Form {
     element("model-facts").textContent = `${id}, ${dtype} on ${device}`;
     document.querySelector("[data-field=class_id]").hidden = !numClasses;
     document.querySelector("[data-field=cfg_scale]").hidden = !numClasses;
+    this.#selectInterval(limits.guidance_interval);
     this.#classes.model = this.#model;
     const sampler = chosen("sampler");
     const known = limits.samplers.includes(sampler) ? sampler : "dpm++";
@@ -122,6 +128,23 @@ export class Form {
       Object.assign(slider(name), range);
     }
     this.#useDefaults();
+  }
+
+  /** Say which timesteps there are; no range is a model without guidance. */
+  #selectInterval(range) {
+    document.querySelector("[data-field=guidance_interval]").hidden = range === null;
+    if (range === null) return;
+    const { minimum, maximum } = range;
+    for (const [end, id] of INTERVAL.entries()) element(id).placeholder = [minimum, maximum][end];
+    element("interval-hint").textContent = `Timesteps with guidance, ${minimum} clean to ${maximum} noise; others cost half.`;
+  }
+
+  /** The least and the greatest guided timestep, where one is given; the other is then the range's. */
+  get #interval() {
+    const range = this.#model.limits.guidance_interval;
+    const [low, high] = INTERVAL.map((id) => number(element(id).value));
+    if (range === null || (low === undefined && high === undefined)) return undefined;
+    return [low ?? range.minimum, high ?? range.maximum];
   }
 
   /** Defaults where nobody has set anything else. */

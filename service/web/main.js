@@ -114,6 +114,7 @@ async function keep(result, givenSeed, seconds) {
       class_id: result.class_id,
       class_label: result.class_label,
       cfg_scale: result.cfg_scale,
+      guidance_interval: result.guidance_interval,
       resolution: result.resolution,
       steps: result.steps,
       sampler: result.sampler,

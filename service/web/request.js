@@ -10,12 +10,18 @@ export function json(fields) {
   return `{${members.join(", ")}}`;
 }
 
+/** Guidance in words: its scale and, where they are not all, its timesteps. */
+export function guidance({ cfg_scale: scale, guidance_interval: interval }) {
+  return interval ? `${scale} at timesteps ${interval[0]} to ${interval[1]}` : `${scale}`; // older images have no interval
+}
+
 /** The command that makes one image of the gallery again, to the pixel. */
 export function curl({ facts }) {
   const body = json({
     model: facts.model,
     class_id: facts.class_id ?? undefined,
     cfg_scale: facts.cfg_scale,
+    guidance_interval: facts.guidance_interval ?? undefined,
     sampler: facts.sampler,
     steps: facts.steps,
     seed: BigInt(facts.seed),

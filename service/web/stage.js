@@ -1,5 +1,7 @@
 // The latest images: previews while they are made, then the images themselves.
 
+import { guidance } from "./request.js";
+
 const element = (id) => document.getElementById(id);
 
 const STATUS = {
@@ -102,7 +104,8 @@ export class Stage {
 }
 
 /** The settings in a line. */
-export function described({ model, class_label: label, cfg_scale: scale, steps, sampler, seed }) {
-  const parts = [label === null ? null : model, label === null ? null : `guidance ${scale}`, `${steps} steps`, sampler];
+export function described(facts) {
+  const { model, class_label: label, steps, sampler, seed } = facts;
+  const parts = [...(label === null ? [] : [model, `guidance ${guidance(facts)}`]), `${steps} steps`, sampler];
   return [...parts, seed === null ? null : `seed ${seed}`].filter(Boolean).join(" · ");
 }

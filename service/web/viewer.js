@@ -1,6 +1,6 @@
 // One image of the gallery, large, with what it was made with and what can be done with it.
 
-import { curl, fileName } from "./request.js";
+import { curl, fileName, guidance } from "./request.js";
 
 const element = (id) => document.getElementById(id);
 
@@ -55,7 +55,7 @@ export class Viewer {
     Object.assign(element("viewer-download"), { href: url, download: fileName(facts) });
     const rows = [
       ["Model", `${facts.model}, ${facts.resolution} px`],
-      ...(facts.class_label === null ? [] : [["Guidance", facts.cfg_scale]]),
+      ...(facts.class_label === null ? [] : [["Guidance", guidance(facts)]]),
       ["Sampler", `${facts.sampler}, ${facts.steps} steps`],
       ["Seed", facts.image_index ? `${facts.seed}, image ${facts.image_index}` : facts.seed],
       ["Made", new Date(facts.created * 1000).toLocaleString()],

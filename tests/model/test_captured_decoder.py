@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from model.captured_decoder import CapturedDecoder
 from model.cuda_graph import Captures
 from model.pipeline import LaMambaPipeline
 from model.pretrained import default_model_dir
+from tests.fakes import fake_pipeline
 
 SHAPE = (4, 8, 8)
 
@@ -46,6 +48,45 @@ def test_what_was_returned_is_not_overwritten(decoder: CapturedDecoder) -> None:
     kept = first.clone()
     decoder(torch.ones(1, *SHAPE))
     assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "captured"), [((1, 2, 4), [4, 2, 1]), ((1, 2), [2, 1]), ((1,), [1])], ids=str
+)
+def test_each_size_is_prepared_once_the_largest_first(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], captured: list[int]
+) -> None:
+    batches = []
+
+    def counted(latents: Tensor) -> Tensor:
+        batches.append(len(latents))
+        return decode(latents)
+
+    monkeypatch.setattr(Captures, "capture", lambda self, step: step)
+    pipeline = fake_pipeline()
+    decoder = CapturedDecoder(
+        counted, latent_shape=pipeline.latent_shape, device=pipeline.device, sizes=sizes
+    )
+    for _ in replace(pipeline, captured_decoder=decoder).prepare_decode(max_images=3):
+        pass
+    assert batches == captured
+
+
+def test_without_graphs_each_number_of_images_is_prepared_that_is_decoded_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches = []
+
+    def counted(latents: Tensor) -> Tensor:
+        batches.append(len(latents))
+        return torch.zeros(len(latents), 1, 1, 3)
+
+    pipeline = fake_pipeline()
+    monkeypatch.setattr(pipeline.autoencoder, "pixels", counted)
+    for device in ("cpu", "meta"):  # which stands for a GPU
+        for _ in replace(pipeline, device=torch.device(device)).prepare_decode(max_images=3):
+            pass
+    assert batches == [1, 1, 2, 3]
 
 
 @pytest.mark.gpu

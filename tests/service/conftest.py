@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,13 @@ from tests.fakes import fake_pipeline
 from tests.service.engine_requests import TIMEOUT_S
 
 ClientFactory = Callable[..., TestClient]
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    """A server hides what it finds from the garbage collector, which has to find it again after the test."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

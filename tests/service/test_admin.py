@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import logging
 import threading
@@ -639,6 +640,37 @@ def test_a_real_model_is_swapped_by_its_link(versions: list[Path], tmp_path: Pat
         assert weights_of(answer) == {pipeline.weights_hash}
         assert_made_by(pipeline, answer, body)
     assert weights_of(answers[0]) != weights_of(answers[1])
+
+
+def test_an_unloaded_model_is_collected_and_what_is_imported_is_not_looked_at(
+    versions: list[Path], tmp_path: Path
+) -> None:
+    threads = torch.get_num_threads()
+    for name, folder in zip(("gone", "kept"), versions, strict=True):
+        (tmp_path / name).symlink_to(folder)
+    app = create_app(
+        Settings(model_repository=tmp_path, admin_key=f"root:{key_hash(KEY)}", device="cpu", num_threads=2)
+    )
+
+    async def talk(client: httpx.AsyncClient) -> None:
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 100_000
+        pipeline: Any = app.state.runtime.catalog.model("gone").pipeline
+        parts = [weakref.ref(part) for part in (pipeline, pipeline.network, pipeline.autoencoder.module)]
+        parts += [weakref.ref(parameter) for parameter in pipeline.network.parameters()]
+        pipeline.network.owner = [pipeline]  # a cycle, which only the collector can let go
+        del pipeline
+        body = {"class_id": "blue house", "steps": 2, "model": "gone"}
+        assert (await client.post("/generate", json=body)).status_code == 200
+        assert (await client.post("/admin/models/gone/unload")).status_code == 200
+        await until(lambda: collected(parts))
+
+    async def collected(parts: list[weakref.ref[Any]]) -> bool:
+        gc.collect()
+        return all(part() is None for part in parts)
+
+    talk_to(app, talk)
+    torch.set_num_threads(threads)
 
 
 def test_copies_are_of_the_same_weights(versions: list[Path], tmp_path: Path) -> None:

@@ -397,6 +397,39 @@ def test_engine_a_deadline_comes_though_no_step_runs(engine_of: EngineFactory) -
     assert "lamamba_images_total 0.0" in text
 
 
+@pytest.mark.parametrize("reason", ["timeout", "error"])
+def test_engine_a_client_that_leaves_while_its_images_fail_is_not_counted_as_well(
+    engine_of: EngineFactory, reason: str
+) -> None:
+    """It is told of the first image's failure before the second one has failed."""
+    now = [100.0]
+    pipeline, metrics = fake_pipeline(), Metrics()
+    engine = engine_of(pipeline, start=False, metrics=metrics, clock=lambda: now[0])
+    ticket = engine.submit(replace(REQUEST, num_images=2, timeout_s=5.0))
+    idle_at_cancel = []
+
+    def leave(_: object) -> None:
+        engine.cancel(ticket)
+        idle_at_cancel.append(engine.idle)
+
+    ticket.jobs[0].result.add_done_callback(leave)
+    if reason == "timeout":
+        now[0] += 5.0
+    else:
+        network: Any = pipeline.network
+        network.failing_label = REQUEST.class_label
+    while engine.step():
+        pass
+    for job in ticket.jobs:
+        assert isinstance(job.result.exception(0), DeadlineExceeded | GenerationFailed)
+    assert idle_at_cancel == [False]  # not yet: it is counted before
+    assert engine.idle
+    text = metrics.render().decode()
+    assert f'lamamba_request_success_total{{finished_reason="{reason}"}} 1.0' in text
+    assert 'lamamba_request_success_total{finished_reason="abort"} 0.0' in text
+    assert "lamamba_cancellations_total 0.0" in text
+
+
 def test_engine_a_request_in_time_is_not_given_up(engine_of: EngineFactory) -> None:
     pipeline = fake_pipeline()
     metrics = Metrics()

@@ -184,6 +184,30 @@ def test_a_cancelled_request_does_not_start_again(devices_of: DevicesFactory) ->
     assert all(ticket.jobs[0].result.cancelled() and not ticket.restarts for ticket in tickets)
 
 
+def test_a_request_that_is_cancelled_between_two_engines_does_no_harm(
+    devices_of: DevicesFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = devices_of(2)
+    evacuate = Engine.evacuate
+
+    def evacuated(engine: Engine, timeout_s: float) -> list[Ticket]:
+        tickets = evacuate(engine, timeout_s)
+        devices.group.cancel(tickets[0])
+        return tickets
+
+    monkeypatch.setattr(Engine, "evacuate", evacuated)
+    devices.gate.clear()
+    tickets = submit(devices, 4)
+    devices.breaks.add(0)
+    devices.gate.set()
+    wait_for(lambda: devices.group.idle and devices.group.num_alive == 2)
+    given_up = [ticket for ticket in tickets if ticket.jobs[0].result.cancelled()]
+    assert [ticket.restarts for ticket in given_up] == [0]
+    for ticket in set(tickets) - set(given_up):
+        assert_equals_alone(ticket, devices.pipelines[1])
+    assert devices.builds == 3
+
+
 def test_the_queue_is_full_when_every_engines_is(devices_of: DevicesFactory) -> None:
     devices = devices_of(2, max_queue_images=4)
     devices.gate.clear()

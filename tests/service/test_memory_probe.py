@@ -69,7 +69,8 @@ def test_the_probed_rows_run_in_the_memory_that_there_is(free_gib: float) -> Non
     rows = probe_max_rows([pipeline], decode_batch=4, captured=True)
     assert rows >= 2
     num_images = rows // 2
-    pipeline.prepare_steps(max_images=num_images)
+    for _ in pipeline.prepare_steps(max_images=num_images):
+        pass
     pipeline.sample_latents([0] * num_images, seeds=range(num_images), num_inference_steps=2, batch_size=64)
     pipeline.step_bytes(num_images)  # uncaptured, as a step is that would mostly be filling
     pipeline.decode(torch.zeros(4, *pipeline.latent_shape, device="cuda"))

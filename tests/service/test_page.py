@@ -74,11 +74,11 @@ PageFactory = Callable[..., Page]
 
 @pytest.fixture
 def site_of() -> Iterator[SiteFactory]:
-    """Makes servers, each with its own settings; they end with the test."""
+    """Makes servers, each with its own settings and larger model; they end with the test."""
     with ExitStack() as stack:
 
-        def make(**settings: Any) -> Site:
-            pipeline = fake_pipeline("fake-32", resolution=32)
+        def make(*, num_classes: int = len(LABELS), **settings: Any) -> Site:
+            pipeline = fake_pipeline("fake-32", resolution=32, num_classes=num_classes)
             given = Settings(**settings)
             app = create_app(given, (fake_pipeline(), pipeline))
             gate = Gate(pipeline)
@@ -233,6 +233,76 @@ def test_a_mistake_is_shown_at_its_field_in_the_servers_words(
     page.locator("#settings summary").click()
     generate(page)
     expect(tiles(page)).to_have_count(1)
+
+
+def test_the_interval_of_guidance_reaches_the_server_and_comes_back(
+    site_of: SiteFactory, open_page: PageFactory
+) -> None:
+    site = site_of()
+    page = open_page(site.url)
+    low = page.get_by_role("textbox", name="Guided from timestep")
+    high = page.get_by_role("textbox", name="Guided to timestep")
+    expect(low).to_have_accessible_description(re.compile("0 clean to 999 noise"))
+    low.fill("300")  # and up to the last one
+    with page.expect_request("**/generate") as request:
+        generate(page, "kitchen", seed=5, cfg_scale="3.5")
+    assert request.value.post_data_json["guidance_interval"] == [300, 999]
+    page.get_by_role("button", name="Open image 1 of 1").click()
+    viewer = page.get_by_role("dialog")
+    expect(viewer).to_contain_text("3.5 at timesteps 300 to 999")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    alone = site.pipeline.generate([1], seeds=[5], guidance_scale=3.5, guidance_interval=(300, 999))[0]
+    made = pixels(download.value.path().read_bytes())
+    assert np.abs(made - alone.numpy().astype(int)).max() <= 1
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.locator("#viewer-command")).to_contain_text('"guidance_interval": [300,999]')
+    page.get_by_role("button", name="Close").click()
+    low.fill("")
+    with page.expect_request("**/generate") as request:
+        generate(page, "kitchen", seed=6)
+    assert "guidance_interval" not in request.value.post_data_json
+    expect(tiles(page)).to_have_count(2)
+    tiles(page).nth(1).click()
+    page.get_by_role("button", name="Use settings").click()
+    expect(low).to_have_value("300")
+    expect(high).to_have_value("999")
+
+
+def test_a_model_without_classes_has_nothing_to_guide(site_of: SiteFactory, open_page: PageFactory) -> None:
+    page = open_page(site_of(num_classes=0).url)
+    page.get_by_label("16 px").check()
+    page.locator("#interval-low").fill("300")
+    page.get_by_label("32 px").check()
+    for field in ("Guidance", "Guided from timestep"):
+        expect(page.get_by_role("textbox", name=field)).to_be_hidden()
+    page.get_by_role("button", name="Generate").click()
+    expect(tiles(page)).to_have_count(1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        pytest.param("700", "200", "[700, 200] given; this model accepts two timesteps", id="reversed"),
+        pytest.param("", "1000", "[0, 1000] given; this model accepts two timesteps from 0", id="beyond"),
+        pytest.param("0.5", "", "0.5 given; this model accepts two timesteps from 0 to 999", id="fraction"),
+        pytest.param("half", "", '"half" given; this model accepts two timesteps from 0 to 999', id="text"),
+    ],
+)
+def test_a_wrong_interval_is_shown_at_both_of_its_ends(
+    site_of: SiteFactory, open_page: PageFactory, low: str, high: str, message: str
+) -> None:
+    page = open_page(site_of().url)
+    ends = page.get_by_role("group", name="Guided").get_by_role("textbox")
+    generate(page, **{"interval-low": low, "interval-high": high})
+    expect(ends.first).to_be_focused()
+    expect(page.locator("#interval-error")).to_be_in_viewport(ratio=1)
+    for end in ends.all():
+        expect(end).to_have_attribute("aria-invalid", "true")
+        expect(end).to_have_accessible_description(re.compile(re.escape(message)))
+    ends.last.fill("1")
+    expect(page.locator("#interval-error")).to_be_empty()
+    expect(page.locator("#form [aria-invalid]")).to_have_count(0)
 
 
 def test_a_failure_on_the_way_is_told_with_its_id_and_the_page_goes_on(
