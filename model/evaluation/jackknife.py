@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.evaluation.frechet import FeatureStatistics, StatisticsStream
 
-__all__ = ["GROUPS", "distance_error"]
+__all__ = ["GROUPS", "distance_error", "distances_without", "jackknife_error"]
 
 GROUPS = 10
 """g, or the number of samples where it is less."""
@@ -25,6 +25,14 @@ def distance_error(features: Tensor, reference: FeatureStatistics) -> float:
     """The standard error of the distance between features (n, d) and `reference`, on the features' device.
 
     ValueError for fewer than 3 vectors, as a group less has no covariance.
+    """
+    return jackknife_error(distances_without(features, reference))
+
+
+def distances_without(features: Tensor, reference: FeatureStatistics) -> Tensor:
+    """d_i, (g,) float64 on the CPU, the groups being the same for all sets of n features.
+
+    ValueError for fewer than 3 vectors.
     """
     count = min(GROUPS, len(features))
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).to(features.device)
@@ -40,4 +48,9 @@ def distance_error(features: Tensor, reference: FeatureStatistics) -> float:
         return rest.statistics().to(features.device)
 
     distances = reference.to(features.device).distances(without(group) for group in groups)
-    return float(torch.tensor(distances, dtype=torch.float64).var(correction=0).mul(count - 1).sqrt())
+    return torch.tensor(distances, dtype=torch.float64)
+
+
+def jackknife_error(without: Tensor) -> float:
+    """The standard error by what is left without each group, (g,): distances, or differences of distances."""
+    return float(without.var(correction=0).mul(len(without) - 1).sqrt())
