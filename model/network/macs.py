@@ -157,7 +157,49 @@ def count_parameters(config: LaMambaConfig) -> int:
 
 def count_macs(config: LaMambaConfig) -> MacCount:
     """Multiply-adds of one image of `config.sample_size` latents a side, by this module's rule."""
-    return _count_macs(meta_network(config))
+    return count_forward_macs(meta_network(config))
+
+
+def count_forward_macs(network: LaMambaDiff) -> MacCount:
+    """Multiply-adds of the next forward of one image by a network on the meta device, which keeps the scan
+    that only counts.
+    """
+    config = network.architecture
+    scans: list[int] = []
+    qk_norms: list[int] = []
+    hooks = [
+        module.register_forward_pre_hook(_counting_qk_norm(qk_norms))
+        for module in network.modules()
+        if isinstance(module, WindowAttention) and module.qk_norm_weight is not None
+    ]
+    network.use_scan_backend(ScanBackend("counting", _counting_scan(scans)))
+    # FlopCounterMode counts a multiply-add as 2.
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops}
+    )
+    latents = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
+    with torch.no_grad(), counter:
+        network(latents, torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    by_module = counter.get_flop_counts()
+    total: Counter[Any] = Counter(by_module["Global"])
+    attention = sum(
+        flops
+        for name, counts in by_module.items()
+        if name.endswith(".attention")
+        for operation, flops in counts.items()
+        if operation not in _LINEAR
+    )
+    norm = total.pop(torch.ops.aten.native_layer_norm)
+    convolution = total.pop(torch.ops.aten.convolution, 0)
+    return MacCount(
+        linear=(total.total() - attention) // 2,
+        convolution=convolution // 2,
+        attention=attention // 2,
+        norm=norm // 2 + sum(qk_norms),
+        scan=sum(scans),
+    )
 
 
 def describe(config: LaMambaConfig) -> dict[str, Any]:
@@ -167,7 +209,7 @@ def describe(config: LaMambaConfig) -> dict[str, Any]:
     the configuration is a published one, else None.
     """
     network = meta_network(config)
-    macs = _count_macs(network)
+    macs = count_forward_macs(network)
     published = next((row for row in PUBLISHED if row.config() == config), None)
     return {
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
@@ -202,42 +244,6 @@ def _printed(row: PublishedSize) -> dict[str, Any]:
         "gmacs": row.gmacs,
         "reason": row.reason,
     }
-
-
-def _count_macs(network: LaMambaDiff) -> MacCount:
-    """Count a forward on the meta device; `network` keeps the scan that only counts."""
-    config = network.architecture
-    scans: list[int] = []
-    qk_norms: list[int] = []
-    for module in network.modules():
-        if isinstance(module, WindowAttention) and module.qk_norm_weight is not None:
-            module.register_forward_pre_hook(_counting_qk_norm(qk_norms))
-    network.use_scan_backend(ScanBackend("counting", _counting_scan(scans)))
-    # FlopCounterMode counts a multiply-add as 2.
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops}
-    )
-    latents = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
-    with torch.no_grad(), counter:
-        network(latents, torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta"))
-    by_module = counter.get_flop_counts()
-    total: Counter[Any] = Counter(by_module["Global"])
-    attention = sum(
-        flops
-        for name, counts in by_module.items()
-        if name.endswith(".attention")
-        for operation, flops in counts.items()
-        if operation not in _LINEAR
-    )
-    norm = total.pop(torch.ops.aten.native_layer_norm)
-    convolution = total.pop(torch.ops.aten.convolution, 0)
-    return MacCount(
-        linear=(total.total() - attention) // 2,
-        convolution=convolution // 2,
-        attention=attention // 2,
-        norm=norm // 2 + sum(qk_norms),
-        scan=sum(scans),
-    )
 
 
 def _counting_scan(counts: list[int]) -> Callable[..., Tensor]:
