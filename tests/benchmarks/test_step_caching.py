@@ -14,6 +14,7 @@ from benchmarks.step_caching import (
     distance_fields,
     forward_macs,
     image_macs,
+    nearness,
     psnr_cost,
     sampled,
     step_cache,
@@ -125,3 +126,11 @@ def test_distance_fields_cancel_what_both_settings_share() -> None:
     fields = distance_fields(100 + shared, 90 + shared)
     assert fields["frechet_difference"] == 10
     assert fields["frechet_difference_error"] == 0
+
+
+def test_nearness_is_of_the_first_images_alone() -> None:
+    pixels = torch.full((2, 4, 4, 3), 100, dtype=torch.uint8)
+    features = torch.zeros(2, 5)
+    reference = pixels[:1] + 10, features[:1] + 2
+    expected = {"psnr_db": pytest.approx(28.13), "feature_distance": 20}
+    assert nearness((pixels, features), reference, 1) == expected
