@@ -1,4 +1,5 @@
 # The commands of this project. `make serve` and `make test` need Python 3.11+ alone and make their own .venv.
+#   TEST_WORKERS     processes that share the tests out between them, each on one thread; 0: the one that starts them
 #   TORCH_INDEX_URL  package index to take torch from, e.g. PyTorch's CPU index; empty: pip's default index
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,6 +9,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Of 16,000 modules only some are ever imported; Python compiles those at their first import.
 INSTALL := install -q --no-compile
+# The tests of a GPU measure its memory, and so run one after the other.
+TEST_WORKERS ?= $(if $(wildcard /dev/nvidia0),0,2)
+TESTS := $(if $(filter-out 0,$(TEST_WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) \
+	--dist loadfile --durations=15
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
 
 .PHONY: help install serve test test-all test-docker test-k8s test-ray check format lint types docs dashboard rules sbom \
@@ -37,10 +42,10 @@ programs:  ## as root on Debian, install the programs that tests run
 	else echo "Prometheus and HAProxy could not be installed: the tests that run them will skip"; fi
 
 test: programs check  ## install, then run lint, types and every test that takes minutes
-	$(BIN)/python -m pytest -q -m "not slow and not docker and not ray" --durations=15
+	$(TESTS) -m "not slow and not docker and not ray"
 
 test-all: check  ## also the slow tests
-	$(BIN)/python -m pytest -q -m "not docker and not ray" --durations=15
+	$(TESTS) -m "not docker and not ray"
 
 test-docker: $(VENV)/.installed-dev  ## as root on Debian, run docker compose on an engine made for it; minutes
 	apt-get -qq update && apt-get -qq install -y --no-install-recommends docker.io iptables debootstrap >/dev/null
