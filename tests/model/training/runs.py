@@ -1,44 +1,47 @@
 """Training runs in processes of their own, for tests that kill them or that need several ranks.
 
-`python runs.py FOLDER RANK WORLD_SIZE` goes through FOLDER/runs.json: for each entry it calls `train` and
-writes what came of it to FOLDER/outcome-<number>-<rank>. An entry may ask for trouble: `signal`, of a rank
-and a number of images after which it gets SIGUSR1; `fault`, after which it fails; `kill`, in whose place
-(`step` or `save`) the process ends without a word.
+An entry may ask for trouble: `signal`, of a rank and a number of images after which it gets SIGUSR1; `fault`,
+after which it fails; `kill`, in whose place (`step` or `save`) the process ends without a word.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 from model.training.config import TrainConfig
 from model.training.run import train
 from model.training.states import StateFolder
 from model.training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[3]
+RUNS_END_S = 240.0
 
 
-def start_runs(folder: Path, runs: list[dict[str, Any]], world_size: int) -> list[int]:
-    """Go through `runs` in so many processes; their exit codes."""
+def start_runs(folder: Path, runs: list[dict[str, Any]], world_size: int) -> list[int | None]:
+    """Call `train` for each of `runs` in so many processes; their exit codes.
+
+    What came of a run is in FOLDER/outcome-<number>-<rank>.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "runs.json").write_text(json.dumps(runs))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(world_size):
-        command = [sys.executable, __file__, str(folder), str(rank), str(world_size)]
-        with (folder / f"output-{rank}").open("w") as output:
-            processes.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["model.training.run"])  # once, and not by each process
+    processes = [
+        context.Process(target=_run, args=(folder, runs, rank, world_size)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
     try:
-        return [process.wait(timeout=240) for process in processes]
+        for process in processes:
+            process.join(RUNS_END_S)
+        return [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -90,10 +93,14 @@ def _trouble(run: dict[str, Any], rank: int) -> Iterator[None]:
             yield
 
 
-def main(folder: Path, rank: int, world_size: int) -> None:
+def _run(folder: Path, runs: list[dict[str, Any]], rank: int, world_size: int) -> None:
+    with (folder / f"output-{rank}").open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    torch.set_num_threads(1)
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    for number, run in enumerate(json.loads((folder / "runs.json").read_text())):
+    for number, run in enumerate(runs):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(run.get("port", 0))}
         with _trouble(run, rank):
             try:
@@ -101,7 +108,3 @@ def main(folder: Path, rank: int, world_size: int) -> None:
             except (SystemExit, Exception) as error:
                 result = f"{type(error).__name__}: {error}"
         (folder / f"outcome-{number}-{rank}").write_text(result)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
