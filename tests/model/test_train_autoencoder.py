@@ -37,24 +37,31 @@ TINY = AutoencoderTrainingConfig(
 )
 
 
-def test_train_writes_every_output(tmp_path: Path) -> None:
-    metrics = train(TINY, tmp_path, "cpu")
-    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    assert json.loads((tmp_path / "config.json").read_text())["sizes"] == [16, 32]
-    assert (tmp_path / "reconstructions.png").stat().st_size > 0
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run's folder and metrics, to be read alone."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, train(TINY, folder, "cpu")
+
+
+def test_train_writes_every_output(straight: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = straight
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert json.loads((folder / "config.json").read_text())["sizes"] == [16, 32]
+    assert (folder / "reconstructions.png").stat().st_size > 0
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert {"images_per_s", *AutoencoderLoss.TERMS, *PerceptualLoss.TERMS} <= rows[0].keys()
     assert metrics["images"] == 32
     assert set(metrics["reconstruction"]) == {"16", "32"}
     assert {size: len(response) for size, response in metrics["point_response"].items()} == {"16": 4, "32": 4}
     assert metrics["latents"]["std"] == pytest.approx([1] * 4, rel=1e-2)  # fp16 weights
-    autoencoder = Autoencoder.load(tmp_path / "vae")
+    autoencoder = Autoencoder.load(folder / "vae")
     assert autoencoder.decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 32, 32)
 
 
 def test_train_lowers_the_loss(tmp_path: Path) -> None:
-    larger = replace(TINY, block_out_channels=(16, 16, 32, 32), sizes=(32, 64), crop=32, batch_size=8)
+    larger = replace(TINY, block_out_channels=(16, 16, 32, 32), batch_size=8, checkpoint_seconds=1e9)
     config = replace(larger, max_images=480, learning_rate=3e-3, perceptual_weight=0.0)
     train(config, tmp_path, "cpu")
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -62,9 +69,10 @@ def test_train_lowers_the_loss(tmp_path: Path) -> None:
     assert last < 0.9 * first
 
 
-def test_train_stopped_and_resumed_equals_straight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = train(TINY, tmp_path / "straight", "cpu")
-
+def test_train_stopped_and_resumed_equals_straight(
+    straight: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, metrics = straight
     log = train_autoencoder._log
 
     def stop_after_three(path: Path, run: Any, *rest: Any) -> None:
@@ -80,29 +88,33 @@ def test_train_stopped_and_resumed_equals_straight(tmp_path: Path, monkeypatch: 
 
     timing = ("seconds", "images_per_s")
     assert {k: v for k, v in resumed.items() if k not in timing} == {
-        k: v for k, v in straight.items() if k not in timing
+        k: v for k, v in metrics.items() if k not in timing
     }
-    states = [load_newest_state(tmp_path / name / "states") for name in ("straight", "resumed")]
+    states = [load_newest_state(run / "states") for run in (folder, tmp_path / "resumed")]
     averages = [state["average"] for state in states if state is not None]
     assert len(averages) == 2
     assert all(torch.equal(a, b) for a, b in zip(*averages, strict=True))
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not [path for run in (folder, tmp_path) for path in run.rglob("*.tmp")]
 
 
-def test_train_goes_on_from_the_weights_of_an_earlier_run(tmp_path: Path) -> None:
-    earlier = train(TINY, tmp_path / "earlier", "cpu")
-    config = replace(TINY, initial_weights=str(tmp_path / "earlier/vae"), max_images=2, learning_rate=1e-9)
+def test_train_goes_on_from_the_weights_of_an_earlier_run(
+    straight: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, earlier = straight
+    config = replace(TINY, initial_weights=str(folder / "vae"), max_images=2, learning_rate=1e-9)
     later = train(replace(config, sizes=(16,), batch_size=2), tmp_path / "later", "cpu")
     assert later["steps"] == 1
     psnr = [metrics["reconstruction"]["16"]["psnr"] for metrics in (earlier, later)]
     assert psnr[1] == pytest.approx(psnr[0], abs=0.05)
 
 
-def test_train_of_the_decoder_alone_keeps_the_latents(tmp_path: Path) -> None:
-    train(TINY, tmp_path / "earlier", "cpu")
-    config = replace(TINY, initial_weights=str(tmp_path / "earlier/vae"), train_encoder=False)
-    train(config, tmp_path / "later", "cpu")
-    earlier, later = (Autoencoder.load(tmp_path / name / "vae") for name in ("earlier", "later"))
+def test_train_of_the_decoder_alone_keeps_the_latents(
+    straight: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = straight
+    config = replace(TINY, initial_weights=str(folder / "vae"), train_encoder=False)
+    train(config, tmp_path, "cpu")
+    earlier, later = (Autoencoder.load(run / "vae") for run in (folder, tmp_path))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     moments = earlier.encode_moments(images)
     assert torch.equal(moments, later.encode_moments(images))
@@ -115,10 +127,10 @@ def test_train_ends_by_time(tmp_path: Path) -> None:
     assert metrics["steps"] >= 1
 
 
-def test_train_refuses_another_config_in_the_same_folder(tmp_path: Path) -> None:
-    train(TINY, tmp_path, "cpu")
+def test_train_refuses_another_config_in_the_same_folder(straight: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = straight
     with pytest.raises(ValueError, match=r"kl_weight: 1.0 given; .* accepts 0.05, with which it began"):
-        train(replace(TINY, kl_weight=1.0), tmp_path, "cpu")
+        train(replace(TINY, kl_weight=1.0), folder, "cpu")
 
 
 def _flat(run: train_autoencoder._Run) -> torch.Tensor:
