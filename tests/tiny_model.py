@@ -19,7 +19,7 @@ LABELS = ("red barn", "blue house", "green hill")
 def save_tiny_model(root: Path, labels: Sequence[str] = LABELS, **config: Any) -> Path:
     """Write the model, untrained and called "tiny", into a folder of `root`, and return that.
 
-    `config` are further fields of the network's.
+    `config` are further fields of the network's, which is as shallow as one of three stages can be.
     """
     torch.manual_seed(0)
     AutoencoderKL(
@@ -30,7 +30,8 @@ def save_tiny_model(root: Path, labels: Sequence[str] = LABELS, **config: Any) -
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     ).save_pretrained(root / "vae")
-    fields = {"sample_size": 8, "hidden_size": 8, "num_heads": 2, "num_classes": len(labels)} | config
+    fields = {"sample_size": 8, "hidden_size": 8, "num_heads": 2, "depths": (1, 1, 1, 0)}
+    fields |= {"num_classes": len(labels), "decoder_extra_block": False} | config
     network = LaMambaDiff(**fields)
     for parameter in network.parameters():
         # The zero-initialised modulations would hide the label and the timestep from the output.

@@ -114,12 +114,12 @@ def test_a_servers_end_is_judged(change: dict[str, Any], fault: str | None) -> N
     assert (fault is None and not faults) or (fault is not None and fault in faults[0])
 
 
-def test_two_hundred_requests_with_faults_and_a_restart(
+def test_a_hundred_requests_with_faults_and_a_restart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = save_tiny_model(tmp_path, depths=(1, 1, 1, 0))
-    main(["--model", str(folder), "--requests", "200", "--restarts", "1", "--output-dir", str(tmp_path)])
+    folder = save_tiny_model(tmp_path)
+    main(["--model", str(folder), "--requests", "100", "--restarts", "1", "--output-dir", str(tmp_path)])
     results = json.loads((tmp_path / "soak-cpu.json").read_text())["results"]
     assert results["faults"] == []
     assert [life["exit_code"] for life in results["servers"]] == [0, 0]
-    assert sum(results["requests"].values()) == 200
+    assert sum(results["requests"].values()) == 100

@@ -34,6 +34,7 @@ SMALL: dict[str, Any] = {
     "num_heads": 2,
     "window_size": 4,
     "num_classes": 5,
+    "depths": (1, 1, 1, 0),
 }
 
 
@@ -136,9 +137,9 @@ def test_there_and_back_is_bit_for_bit_and_needs_no_allowed_class(checkpoint: Pa
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "three-stages": {},
+    "three-stages": {"depths": (2, 2, 2, 0)},
     "four-stages": {"depths": (2, 1, 1, 2), "bottleneck_depth": 2},
-    "symmetric": {"decoder_extra_block": False, "depths": (1, 1, 1, 0)},
+    "symmetric": {"decoder_extra_block": False},
     "no-middle": {"bottleneck_depth": 0},
     "patch": {"patch_size": 2, "sample_size": 16},
     "states-and-bias": {"d_state": 3, "conv_bias": True},

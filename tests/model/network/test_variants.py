@@ -19,9 +19,10 @@ SMALL: dict[str, Any] = {
     "window_size": 4,
     "num_classes": 3,
     "class_dropout_prob": 0.0,
+    "depths": (1, 1, 1, 0),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "three-stages": {},
+    "three-stages": {"depths": (2, 2, 2, 0)},
     "four-stages": {"depths": (1, 1, 1, 1), "bottleneck_depth": 2},
     "ss2d": {"vssm": "ss2d"},
     "vim": {"vssm": "vim"},
@@ -36,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one-downsampling": {"num_downsamplings": 1, "depths": (1, 2, 1)},
     "three-downsamplings": {"num_downsamplings": 3, "depths": (1, 1, 1, 1), "sample_size": 16},
     "three-downsamplings-empty-stage": {"num_downsamplings": 3, "depths": (1, 1, 1, 0), "sample_size": 16},
-    "symmetric-decoder": {"decoder_extra_block": False},
+    "symmetric-decoder": {"decoder_extra_block": False, "depths": (2, 1, 1, 0)},
     "more-blocks": {"depths": (3, 1, 2, 0), "bottleneck_depth": 2},
     "no-middle": {"bottleneck_depth": 0},
     "concatenated-skips": {"skip": "concat"},
@@ -119,7 +120,7 @@ def test_global_attention_equals_windows_that_cover_the_grid() -> None:
 
 def test_an_empty_last_stage_still_adds_its_skip() -> None:
     """As in the released code: a three-stage network adds the coarsest skip twice."""
-    network = LaMambaDiff(**SMALL)
+    network = LaMambaDiff(**SMALL | {"depths": (2, 2, 2, 0)})
     assert [len(blocks) for blocks in network.encoder] == [2, 2, 2, 0]
     assert [len(blocks) for blocks in network.decoder] == [0, 3, 3, 3]
     assert len(network.skips) == 4

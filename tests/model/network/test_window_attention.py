@@ -256,7 +256,14 @@ def test_window_attention_traces_without_graph_breaks(name: str) -> None:
 
 
 NETWORK = LaMambaConfig(
-    sample_size=8, hidden_size=8, num_heads=2, window_size=4, num_classes=5, depths=(2, 1, 1, 0), vssm="vim"
+    sample_size=8,
+    hidden_size=8,
+    num_heads=2,
+    window_size=4,
+    num_classes=5,
+    depths=(2, 1, 1, 0),
+    decoder_extra_block=False,
+    vssm="vim",
 )
 
 
