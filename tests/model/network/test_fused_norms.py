@@ -267,7 +267,14 @@ def test_norms_have_the_shapes_that_the_compiler_is_told() -> None:
 
 
 NETWORK = LaMambaConfig(
-    sample_size=8, hidden_size=8, num_heads=2, window_size=4, num_classes=5, depths=(2, 1, 1, 0), vssm="vim"
+    sample_size=8,
+    hidden_size=8,
+    num_heads=2,
+    window_size=4,
+    num_classes=5,
+    depths=(2, 1, 1, 0),
+    decoder_extra_block=False,
+    vssm="vim",
 )
 KERNELS = ScanBackend("kernels", vectorized.selective_scan, kernels=True)
 
