@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
     "num_heads": 2,
     "window_size": 4,
     "num_classes": 5,
-    "depths": (1, 1, 1, 0),
+    "depths": (2, 1, 1, 0),  # with a shifted block
 }
 
 
