@@ -68,9 +68,9 @@ class RecordingAutoencoder:
         self.autoencoder = autoencoder
         self.latents: list[Tensor] = []
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def pixels(self, latents: Tensor) -> Tensor:
         self.latents.append(latents)
-        return self.autoencoder.decode(latents)
+        return self.autoencoder.pixels(latents)
 
 
 def main() -> None:
