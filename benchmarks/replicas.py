@@ -5,7 +5,8 @@ Replicas of `lamamba serve` on the CPU, each on cores of its own, behind HAProxy
 docker/haproxy/haproxy.cfg; the client and HAProxy have the cores that are left. Three parts:
 
     steps           for each number of replicas, how long a step takes by its rows, in closed loops of 1 to 4
-                    images on each, and how long an image takes beside its steps: what feeds the simulation
+                    images on each, and how long an image takes beside its steps, before the load and after
+                    it: the means feed the simulation
     latency         Poisson arrivals at a share of what so many replicas can make by these steps; the
                     simulation gets the same arrivals, and its percentiles stand beside the measured ones
     ends            the largest number of replicas, two of which end in mid-load: one by SIGTERM after a third
@@ -17,7 +18,7 @@ By the client's outcomes, HAProxy's log and the replicas' logs it is then checke
 answered with its image, once; that the replica of SIGTERM answered all that it had accepted and ended with 0;
 and that no replica answered an id twice. Exit code 1 where anything differs.
 
-    python benchmarks/replicas.py                  # 4 replicas of 2 cores: 16 cores, about eight minutes
+    python benchmarks/replicas.py                  # 4 replicas of 2 cores: 16 cores, about ten minutes
     python benchmarks/replicas.py --replicas 1,3 --cores-per-replica 1 --phase-s 20   # a trial, anywhere
     python benchmarks/replicas.py --plot benchmarks/results/replicas.json          # draws it again
 """
@@ -194,10 +195,28 @@ def routes(log: str) -> list[Route]:
     return [Route(request_id, server, int(status)) for request_id, server, status in lines]
 
 
-def measure_steps(
-    urls: Sequence[str], mix: Sequence[MixEntry], rounds: int, observer: Observer
-) -> tuple[StepTimes, float]:
-    """Seconds of a step by its rows, and of an image beside its steps, in closed loops on all at once.
+@dataclass(frozen=True)
+class Feed:
+    """What the simulation has to know of a replica."""
+
+    step_s: StepTimes
+    after_s: float
+    """Of an image, beside its queueing and its steps: decoding, encoding, the ways there and back."""
+
+    def mean_with(self, other: Feed) -> Feed:
+        """Of two measurements at the same numbers of rows."""
+        seconds = zip(self.step_s.seconds, other.step_s.seconds, strict=True)
+        step_s = StepTimes(self.step_s.rows, tuple(statistics.fmean(both) for both in seconds))
+        return Feed(step_s, statistics.fmean((self.after_s, other.after_s)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """In milliseconds."""
+        step_ms = {str(rows): round(1000 * self.step_s(rows), 2) for rows in self.step_s.rows}
+        return {"step_ms": step_ms, "after_ms": round(1000 * self.after_s, 1)}
+
+
+def measure_steps(urls: Sequence[str], mix: Sequence[MixEntry], rounds: int, observer: Observer) -> Feed:
+    """Of a step by its rows, and of an image beside its steps, in closed loops on all at once.
 
     What shares the cores with a step, above all the decoder of the images before, is in its time, and so is
     what replicas of one machine take from each other.
@@ -221,12 +240,10 @@ def measure_steps(
         denoised = sum(outcome.timings["denoise"] for outcome in full)
         seconds[rows * concurrency] = denoised / sum(outcome.entry.steps for outcome in full)
         after += [o.latency_s - o.timings["queue"] - o.timings["denoise"] for o in full]
-    return StepTimes(tuple(seconds), tuple(seconds.values())), statistics.fmean(after)
+    return Feed(StepTimes(tuple(seconds), tuple(seconds.values())), statistics.fmean(after))
 
 
-def simulated(
-    planned: Sequence[PlannedRequest], *, replicas: int, step_s: StepTimes, after_s: float
-) -> list[float]:
+def simulated(planned: Sequence[PlannedRequest], *, replicas: int, feed: Feed) -> list[float]:
     """Latencies of the same requests in the simulation."""
     images = [
         Image(came_at=request.at_s, steps_left=request.entry.steps, rows=rows_of(request.entry))
@@ -236,11 +253,11 @@ def simulated(
         images,
         num_replicas=replicas,
         max_rows=MAX_ROWS,
-        step_s=step_s,
+        step_s=feed.step_s,
         balancer="least",
         draw=random.Random(0),
     )
-    return [image.finished_at - image.came_at + after_s for image in images]
+    return [image.finished_at - image.came_at + feed.after_s for image in images]
 
 
 def compared(measured: Mapping[str, float], predicted: Mapping[str, float]) -> dict[str, Any]:
@@ -456,21 +473,24 @@ def run(
             check_server(replica.server.url, mix)
         for number in numbers:
             loaded = replicas[:number]
-            step_s, after_s = measure_steps([r.server.url for r in loaded], mix, given.rounds, observer)
-            each = capacity(mix, MAX_ROWS, step_s)
+            urls = [replica.server.url for replica in loaded]
+            before = measure_steps(urls, mix, given.rounds, observer)
+            each = capacity(mix, MAX_ROWS, before.step_s)
             plan = arrivals_at(given.share * number * each, mix, given)
             with balanced(program, loaded) as (url, _):
                 report = observer(f"{number} replicas, balanced", len(plan))
                 outcomes = asyncio.run(open_loop(url, plan, timeout_s=TIMEOUT_S, report=report))
             figures = summarize(outcomes)
-            predicted = percentiles(simulated(plan, replicas=number, step_s=step_s, after_s=after_s))
+            after = measure_steps(urls, mix, given.rounds, observer)
+            feed = before.mean_with(after)
+            predicted = percentiles(simulated(plan, replicas=number, feed=feed))
             results["latency"].append(
                 {
                     "replicas": number,
                     "offered_images_per_s": round(given.share * number * each, 4),
                     "images_per_s_of_a_full_replica": round(each, 4),
-                    "step_ms": {str(rows): round(1000 * step_s(rows), 2) for rows in step_s.rows},
-                    "after_ms": round(1000 * after_s, 1),
+                    "before": before.to_dict(),
+                    "after": after.to_dict(),
                 }
                 | compared(figures["overall"]["latency_s"] or {}, predicted or {})
                 | {"run": figures}

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.replicas import (
     TEMPLATE,
+    Feed,
     Route,
     compared,
     configuration,
@@ -139,7 +140,7 @@ def test_ends_count_what_was_open_and_what_was_made_again() -> None:
 
 def test_the_simulation_gets_the_same_arrivals() -> None:
     planned = [PlannedRequest(at_s=at_s, entry=ENTRY, body={}) for at_s in (0.0, 10.0)]
-    latencies = simulated(planned, replicas=1, step_s=StepTimes((2,), (0.5,)), after_s=0.25)
+    latencies = simulated(planned, replicas=1, feed=Feed(StepTimes((2,), (0.5,)), 0.25))
     assert latencies == pytest.approx([2.25, 2.25])
     assert compared({"p95": 2.5}, {"p95": 2.25})["error"] == {"p95": -0.1}
 
