@@ -8,6 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.config import LaMambaConfig
+
+SMALL_NETWORK = LaMambaConfig(
+    sample_size=8,
+    hidden_size=8,
+    num_heads=2,
+    window_size=4,
+    num_classes=5,
+    depths=(2, 1, 1, 0),
+    decoder_extra_block=False,
+    vssm="vim",
+)
+"""With shifted windows and every kernel beside the scan, small enough for Triton's interpreter."""
+
 
 def parametrize_cases(cases: dict[str, Any]) -> Any:
     """A test of each `case`, under its name."""

@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import LaMambaConfig
 from model.network import depthwise_conv, fused_norms, fused_norms_kernels, window_attention
 from model.network.block import FeedForward
 from model.network.lamamba import LaMambaDiff
 from model.network.resample import PatchExpanding, PatchMerging
 from model.network.residual import Residual, ResidualNorm
 from model.network.scan import ScanBackend, vectorized
-from tests.kernel_cases import parametrize_cases, parametrize_dtypes, relative_rms
+from tests.kernel_cases import SMALL_NETWORK, parametrize_cases, parametrize_dtypes, relative_rms
 from tests.triton_interpreter import interpret_kernels
 
 if find_spec("triton") is None:
@@ -266,23 +265,13 @@ def test_norms_have_the_shapes_that_the_compiler_is_told() -> None:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-NETWORK = LaMambaConfig(
-    sample_size=8,
-    hidden_size=8,
-    num_heads=2,
-    window_size=4,
-    num_classes=5,
-    depths=(2, 1, 1, 0),
-    decoder_extra_block=False,
-    vssm="vim",
-)
 KERNELS = ScanBackend("kernels", vectorized.selective_scan, kernels=True)
 
 
 @pytest.fixture
 def network() -> LaMambaDiff:
     torch.manual_seed(0)
-    network = LaMambaDiff(**dataclasses.asdict(NETWORK)).eval()
+    network = LaMambaDiff(**dataclasses.asdict(SMALL_NETWORK)).eval()
     for name, parameter in network.named_parameters():
         if ".modulation." in name or "norm" in name or name.endswith("relative_position_bias"):
             torch.nn.init.normal_(parameter, std=0.3)

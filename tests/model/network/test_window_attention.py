@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import LaMambaConfig
 from model.network import (
     depthwise_conv,
     depthwise_conv_kernels,
@@ -29,7 +28,7 @@ from model.network.geometry import GridGeometry
 from model.network.lamamba import LaMambaDiff
 from model.network.scan import ScanBackend, vectorized
 from model.network.vssm import VisualStateSpace
-from tests.kernel_cases import parametrize_cases, parametrize_dtypes, relative_rms
+from tests.kernel_cases import SMALL_NETWORK, parametrize_cases, parametrize_dtypes, relative_rms
 from tests.triton_interpreter import interpret_kernels
 
 if find_spec("triton") is None:
@@ -255,18 +254,6 @@ def test_window_attention_traces_without_graph_breaks(name: str) -> None:
     )
 
 
-NETWORK = LaMambaConfig(
-    sample_size=8,
-    hidden_size=8,
-    num_heads=2,
-    window_size=4,
-    num_classes=5,
-    depths=(2, 1, 1, 0),
-    decoder_extra_block=False,
-    vssm="vim",
-)
-
-
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("size", [(8, 8), (16, 8)], ids=["square", "other_size"])
 def test_network_with_kernels_equals_the_network_with_torchs_operations(
@@ -275,7 +262,7 @@ def test_network_with_kernels_equals_the_network_with_torchs_operations(
     interpret_kernels(depthwise_conv_kernels, monkeypatch)
     monkeypatch.setattr(depthwise_conv, "FORWARD_PROGRAMS", 1)  # fewer, longer ones: the interpreter's time
     torch.manual_seed(0)
-    network = LaMambaDiff(**dataclasses.asdict(NETWORK)).eval().requires_grad_(False)
+    network = LaMambaDiff(**dataclasses.asdict(SMALL_NETWORK)).eval().requires_grad_(False)
     for name, parameter in network.named_parameters():
         if ".modulation." in name or name.endswith("relative_position_bias"):
             torch.nn.init.normal_(parameter, std=0.3)
