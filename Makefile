@@ -64,7 +64,7 @@ test-k8s: $(VENV)/.installed-dev  ## check k8s/ with checkov too, which needs an
 	@touch $@
 
 test-ray: .venv-ray/.installed  ## run the server in Ray Serve on two nodes of this machine; minutes
-	.venv-ray/bin/python -m pytest -q -m ray --durations=15
+	.venv-ray/bin/python -m pytest -q -m ray --durations=15 tests/deploy/test_ray.py
 
 check: lint types  ## lint, formatting and strict types
 

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.benchmark.environment import RESULTS, write_results
+from model.benchmark.environment import RESULTS, device_slug, write_results
 from model.cpu_rows import prepare_process
 from model.cpu_threads import available_cpu_threads
 from model.device import resolve_device
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--device", help="cuda or cpu; by default CUDA if there")
     parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="in the batch (default: 1 4)")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
-    parser.add_argument("--name", default="previews-cpu", help="of the results file")
+    parser.add_argument("--name", help="of the results file; by default previews- and the device")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     prepare_process()
@@ -96,7 +96,7 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     results = {"model": pipeline.name, "resolution": pipeline.resolution, "rows": rows}
-    print(write_results(arguments.name, results, arguments.output_dir))
+    print(write_results(arguments.name or f"previews-{device_slug(device)}", results, arguments.output_dir))
 
 
 if __name__ == "__main__":

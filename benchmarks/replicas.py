@@ -277,7 +277,7 @@ async def load_with_ends(
 ) -> tuple[list[Outcome], list[float]]:
     """The outcomes of a client that tries again, and when each server got its signal.
 
-    That is as soon as, from its time on, the server makes an image: an end that concerns nobody shows
+    That is as soon as, from its time on, the server has begun an image: an end that concerns nobody shows
     nothing.
     """
     started = time.perf_counter()
@@ -292,8 +292,10 @@ async def load_with_ends(
 
         async def end(at_s: float, server: RunningServer, number: signal.Signals) -> float:
             await asyncio.sleep(at_s)
-            while not sending.done() and not await _is_busy(client, server.url):  # noqa: ASYNC110
-                await asyncio.sleep(_POLL_S)  # another process has no event to wait for
+            before = running = await _num_running(client, server.url)
+            while not sending.done() and running <= before:
+                await asyncio.sleep(_POLL_S)
+                before, running = running, await _num_running(client, server.url)
             server.process.send_signal(number)
             return time.perf_counter() - started
 
@@ -301,10 +303,10 @@ async def load_with_ends(
     return sending.result(), [task.result() for task in ending]
 
 
-async def _is_busy(client: httpx.AsyncClient, url: str) -> bool:
+async def _num_running(client: httpx.AsyncClient, url: str) -> float:
     lines = (await client.get(f"{url}/metrics")).text.splitlines()
     running = [line for line in lines if line.startswith("lamamba_num_requests_running{")]
-    return any(float(line.rsplit(" ", 1)[1]) > 0 for line in running)
+    return sum(float(line.rsplit(" ", 1)[1]) for line in running)
 
 
 def faults_of(
@@ -552,7 +554,10 @@ def measure_ends(
             {"at_s": round(o.at_s, 3), "latency_s": round(o.latency_s, 4), "tries": o.tries} for o in outcomes
         ],
     }
-    return figures, faults_of(outcomes, taken, answered, terminated=terminated.name, exit_code=exit_code)
+    faults = faults_of(outcomes, taken, answered, terminated=terminated.name, exit_code=exit_code)
+    if not figures["answered_after_sigterm"]:
+        faults.append(f"{terminated.name}: had nothing to answer when SIGTERM came, which so shows nothing")
+    return figures, faults
 
 
 def _version(program: Path) -> str:

@@ -106,7 +106,8 @@ def _imagenet_network(recipe: str) -> str:
 
 def _distance(recipe: str, study: Sequence[dict[str, Any]]) -> str:
     """The mean over seeds, of the runs on most images where there are several."""
-    runs = [group for (name, _), group in groups(study).items() if name == recipe]
+    as_published = [row for row in study if not row.get("set") and "sigma_rel" not in row.get("samples", {})]
+    runs = [group for (name, _), group in groups(as_published).items() if name == recipe]
     if not runs:
         return "not measured yet"
     most = max(runs, key=lambda group: group[0]["images"])

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.benchmark.environment import RESULTS, write_results
+from model.benchmark.environment import RESULTS, device_slug, write_results
 from model.cpu_rows import prepare_process
 from model.cpu_threads import available_cpu_threads
 from model.device import resolve_device
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns of sampler and server (default: 3)")
     parser.add_argument("--dit", action="store_true", help="DiT-XL/2 too, by diffusers' pipeline")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
-    parser.add_argument("--name", default="served-rate-cpu", help="of the results file")
+    parser.add_argument("--name", help="of the results file; by default served-rate- and the device")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     if arguments.dit and device.type != "cuda":
@@ -159,7 +159,9 @@ def main() -> None:
         "servers": servers,
     }
     print({name: results[name] for name in ("median_images_per_s", "overhead")})
-    print(write_results(arguments.name, results, arguments.output_dir))
+    print(
+        write_results(arguments.name or f"served-rate-{device_slug(device)}", results, arguments.output_dir)
+    )
 
 
 if __name__ == "__main__":

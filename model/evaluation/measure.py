@@ -175,8 +175,9 @@ def metrics(
     num, num_references = len(samples.vectors), len(reference.vectors)
     vectors = samples.vectors.to(extractor.device)
     precision, recall = precision_and_recall(reference.vectors.to(extractor.device), vectors)
-    distance = samples.statistics.distance(reference.statistics)
-    error = distance_error(vectors, reference.statistics)
+    on_device = reference.statistics.to(extractor.device)
+    distance = samples.statistics.to(extractor.device).distance(on_device)
+    error = distance_error(vectors, on_device)
     rows: list[tuple[str, float, float | None, int | None]]
     if extractor.defines_fid:
         rows = [(f"FID-{_short(num)}", distance, error, reference.statistics.count)]
@@ -185,8 +186,9 @@ def metrics(
             and samples.spatial_vectors is not None
             and reference.spatial is not None
         ):
-            spatial = samples.spatial.distance(reference.spatial)
-            error = distance_error(samples.spatial_vectors.to(extractor.device), reference.spatial)
+            on_device = reference.spatial.to(extractor.device)
+            spatial = samples.spatial.to(extractor.device).distance(on_device)
+            error = distance_error(samples.spatial_vectors.to(extractor.device), on_device)
             rows.append((f"sFID-{_short(num)}", spatial, error, reference.spatial.count))
         if samples.inception_score is not None:
             rows.append(("Inception Score", samples.inception_score, None, 0))

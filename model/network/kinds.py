@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from model.architecture import Architecture, architecture_fields
+from model.architecture import Architecture
 from model.config import LaMambaConfig
 from model.dit_config import DiTConfig
 from model.network.dit import DiT, dit_macs
 from model.network.lamamba import LaMambaDiff
-from model.network.macs import count_macs, describe, paper_table
+from model.network.macs import count_macs, describe, paper_table, size_beside_paper
 
 __all__ = [
     "NETWORK_CLASSES",
@@ -85,11 +85,5 @@ def published_sizes() -> list[dict[str, Any]]:
     for name in _PUBLISHED_DITS:
         config = DiTConfig.preset(name)
         size = describe_network(config)
-        paper = size["paper"]
-        rows.append(
-            {"name": f"DiT-{name}", "source": paper["source"], "config": architecture_fields(config)}
-            | {"parameters": size["parameters"], "gmacs": size["gmacs"]}
-            | {"paper_parameters_millions": paper["parameters_millions"], "paper_gmacs": paper["gmacs"]}
-            | {"reason": paper["reason"]}
-        )
+        rows.append(size_beside_paper(f"DiT-{name}", config, size, size["paper"]))
     return rows

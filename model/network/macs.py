@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.architecture import architecture_fields
+from model.architecture import Architecture, architecture_fields
 from model.config import LaMambaConfig
 from model.network.attention import WindowAttention
 from model.network.lamamba import LaMambaDiff, meta_network
@@ -228,13 +228,24 @@ def paper_table() -> list[dict[str, Any]]:
     rows = []
     for row in PUBLISHED:
         config = row.config()
-        size = describe(config)
-        rows.append(
-            {"name": row.name, "source": row.source, "config": architecture_fields(config)}
-            | {"parameters": size["parameters"], "gmacs": size["gmacs"]}
-            | {"paper_parameters_millions": row.parameters, "paper_gmacs": row.gmacs, "reason": row.reason}
-        )
+        rows.append(size_beside_paper(row.name, config, describe(config), _printed(row)))
     return rows
+
+
+def size_beside_paper(
+    name: str, architecture: Architecture, size: Mapping[str, Any], printed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A row of `paper_table`; `printed` is what `describe` has under `paper`."""
+    return {
+        "name": name,
+        "source": printed["source"],
+        "config": architecture_fields(architecture),
+        "parameters": size["parameters"],
+        "gmacs": size["gmacs"],
+        "paper_parameters_millions": printed["parameters_millions"],
+        "paper_gmacs": printed["gmacs"],
+        "reason": printed["reason"],
+    }
 
 
 def _printed(row: PublishedSize) -> dict[str, Any]:

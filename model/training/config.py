@@ -145,7 +145,7 @@ class TrainConfig:
     rollback_after_steps: int = 100
     """After so many steps in a row without finite gradients, go back to the newest state's weights."""
     max_rollbacks: int = 3
-    """After so many of those, also before it was resumed, the run gives up."""
+    """After so many of those the run gives up. Saved states count them, a resumed run goes on counting."""
     sample_every: int = 500_000
     """Images from one grid of samples to the next; 0: none."""
     tensorboard: bool = True

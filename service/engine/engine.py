@@ -545,8 +545,7 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         for ticket in self._take_tickets():
-            first = self._gives_up(ticket)
-            if ticket.fail(error) and first:  # the images that another thread was about to answer, too
+            if self._gives_up(ticket) and ticket.fail(error):
                 self._metrics.request_success.labels("error").inc()
 
     def _fail_joining(self, error: Exception) -> None:

@@ -12,7 +12,7 @@ export function json(fields) {
 
 /** Guidance in words: its scale and, where they are not all, its timesteps. */
 export function guidance({ cfg_scale: scale, guidance_interval: interval }) {
-  return interval ? `${scale} at timesteps ${interval[0]} to ${interval[1]}` : `${scale}`; // older images have no interval
+  return interval ? `${scale} at timesteps ${interval[0]} to ${interval[1]}` : `${scale}`;
 }
 
 /** The command that makes one image of the gallery again, to the pixel. */

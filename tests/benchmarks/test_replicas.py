@@ -145,6 +145,11 @@ def test_the_simulation_gets_the_same_arrivals() -> None:
     assert compared({"p95": 2.5}, {"p95": 2.25})["error"] == {"p95": -0.1}
 
 
+def test_the_simulation_is_fed_with_the_means_of_before_and_after() -> None:
+    before, after = Feed(StepTimes((2, 4), (0.5, 0.75)), 0.25), Feed(StepTimes((2, 4), (0.25, 0.75)), 0.5)
+    assert before.mean_with(after).to_dict() == {"step_ms": {"2": 375.0, "4": 750.0}, "after_ms": 375.0}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -165,7 +170,7 @@ def test_three_replicas_of_which_two_end(tmp_path: Path) -> None:
     haproxy()
     folder = save_tiny_model(tmp_path)
     mix = tmp_path / "mix.yaml"
-    mix.write_text("- {steps: 4}\n- {steps: 8}\n")
+    mix.write_text("- {steps: 24}\n- {steps: 48}\n")  # long enough to be seen when it begins
     options = ["--model", str(folder), "--mix", str(mix), "--replicas", "3", "--requests", "40"]
     main([*options, "--share", "0.4", "--output-dir", str(tmp_path)])
     results = json.loads((tmp_path / "replicas.json").read_text())["results"]

@@ -10,7 +10,7 @@ import pytest
 from model.data.places import Places
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _places_are_read_once() -> Iterator[None]:
     """Nobody changes them, and to read them takes longer than the steps of a small run."""
     with pytest.MonkeyPatch.context() as context:
