@@ -60,6 +60,7 @@ def main() -> None:
 
 
 def times(pipeline: LaMambaPipeline) -> list[dict[str, Any]]:
+    """A row for each interval, and for no guidance: network rows and seconds beside guidance everywhere."""
     timesteps = sampler_table(SAMPLER, STEPS, pipeline.schedule).timesteps.tolist()
     settings = [(SCALE, interval) for interval in INTERVALS] + [(1.0, None)]
     seconds: dict[Any, list[float]] = {setting: [] for setting in settings}
@@ -95,6 +96,7 @@ def times(pipeline: LaMambaPipeline) -> list[dict[str, Any]]:
 
 
 def images(pipeline: LaMambaPipeline) -> list[dict[str, Any]]:
+    """A row for each interval, no guidance and fewer steps: how near the images are to the first row's."""
     extractor, classes = EfficientNetLite2(), range(pipeline.num_classes)
     settings: list[tuple[float, tuple[int, int] | None, int]] = [
         *((SCALE, interval, STEPS) for interval in INTERVALS),

@@ -63,11 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     prepare_process()
-    pipeline = LaMambaPipeline.load(
-        arguments.model,
-        device=device,
-        num_row_threads=available_cpu_threads() if device.type == "cpu" else 1,
-    )
+    pipeline = LaMambaPipeline.load(arguments.model, device=device, num_row_threads=available_cpu_threads())
     rows = []
     for num_images in arguments.images:
         request = GenerationRequest(

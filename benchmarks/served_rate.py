@@ -51,11 +51,7 @@ def batch_rate(make: Callable[[], object], num_images: int) -> float:
 
 def sampler(arguments: argparse.Namespace, device: torch.device) -> tuple[LaMambaPipeline, Callable[[], Any]]:
     """The pipeline as the server loads it, and what makes a batch with it, run once."""
-    pipeline = LaMambaPipeline.load(
-        arguments.model,
-        device=device,
-        num_row_threads=available_cpu_threads() if device.type == "cpu" else 1,
-    )
+    pipeline = LaMambaPipeline.load(arguments.model, device=device, num_row_threads=available_cpu_threads())
     for _ in pipeline.prepare_steps(max_images=arguments.images):
         pass
 
