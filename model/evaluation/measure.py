@@ -175,9 +175,7 @@ def metrics(
     num, num_references = len(samples.vectors), len(reference.vectors)
     vectors = samples.vectors.to(extractor.device)
     precision, recall = precision_and_recall(reference.vectors.to(extractor.device), vectors)
-    on_device = reference.statistics.to(extractor.device)
-    distance = samples.statistics.to(extractor.device).distance(on_device)
-    error = distance_error(vectors, on_device)
+    distance, error = _distance_with_error(samples.statistics, vectors, reference.statistics)
     rows: list[tuple[str, float, float | None, int | None]]
     if extractor.defines_fid:
         rows = [(f"FID-{_short(num)}", distance, error, reference.statistics.count)]
@@ -186,10 +184,9 @@ def metrics(
             and samples.spatial_vectors is not None
             and reference.spatial is not None
         ):
-            on_device = reference.spatial.to(extractor.device)
-            spatial = samples.spatial.to(extractor.device).distance(on_device)
-            error = distance_error(samples.spatial_vectors.to(extractor.device), on_device)
-            rows.append((f"sFID-{_short(num)}", spatial, error, reference.spatial.count))
+            vectors = samples.spatial_vectors.to(extractor.device)
+            spatial = _distance_with_error(samples.spatial, vectors, reference.spatial)
+            rows.append((f"sFID-{_short(num)}", *spatial, reference.spatial.count))
         if samples.inception_score is not None:
             rows.append(("Inception Score", samples.inception_score, None, 0))
         rows += [("Precision", precision, None, num_references), ("Recall", recall, None, num_references)]
@@ -210,6 +207,15 @@ def metrics(
         }
         for name, value, error, count in rows
     ]
+
+
+def _distance_with_error(
+    statistics: FeatureStatistics, vectors: Tensor, reference: FeatureStatistics
+) -> tuple[float, float]:
+    """The distance of the `statistics` of `vectors` and its standard error, on the vectors' device."""
+    device = vectors.device
+    distance = statistics.to(device).distance(reference.to(device))
+    return distance, distance_error(vectors, reference)
 
 
 def _joined(vectors: list[Tensor]) -> list[Tensor]:

@@ -213,10 +213,10 @@ def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
     linears: list[nn.Module] = [module for module in maps if isinstance(module, nn.Linear)]
     if linears:
         shard(linears)
-    own = {id(parameter) for module in linears for parameter in module.parameters()}
+    grouped = {id(parameter) for module in linears for parameter in module.parameters()}
 
     def numel(block: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in block.parameters() if id(parameter) not in own)
+        return sum(parameter.numel() for parameter in block.parameters() if id(parameter) not in grouped)
 
     for group in in_buckets(blocks, numel):
         shard(group)
