@@ -6,10 +6,10 @@ Parameters, averages and scan state are fp32; the network runs under bf16 autoca
 gradients are not finite changes nothing, the EMA included, and is counted.
 
 On CUDA a whole step of one process, from drawing latents to the EMA, is one CUDA graph, and the blocks are
-compiled; with ddp it is two, with the sum of the gradients between them; with fsdp, which gathers parameters
-as it goes, it is launched call by call. The compiler keeps its results in TORCHINDUCTOR_CACHE_DIR: with a
-folder that lasts, or one copied from another machine of the same kind, the next run starts several times
-faster.
+compiled; with ddp it is two, and gradients are summed from within the first on; with fsdp, which gathers
+parameters as it goes, it is launched call by call. The compiler keeps its results in TORCHINDUCTOR_CACHE_DIR:
+with a folder that lasts, or one copied from another machine of the same kind, the next run starts several
+times faster.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Trainer:
             captured=self._captures,
             sum_over_shards=None if world.mesh is None else sum_over_ranks,
         )
-        self._buckets = GradientBuckets(held) if world.parallel == "ddp" else None
+        passes = len(range(0, self._rows, self._micro_rows))
+        self._buckets = GradientBuckets(held, passes=passes) if world.parallel == "ddp" else None
         self._grad_norm = torch.zeros((), device=self.device)
         self._loss = self._compiled_loss()
 

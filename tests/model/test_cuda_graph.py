@@ -76,3 +76,31 @@ def test_steps_that_share_memory_are_right_in_turn() -> None:
     for _ in range(2):
         for step, replay in zip(steps, captured, strict=True):
             torch.testing.assert_close(replay().clone(), step(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_another_stream_waits_for_an_event_within_the_newest_replay() -> None:
+    # What the sums of gradients rest on: waiting after a replay is waiting for that replay's record.
+    numbers, seen = torch.zeros(1 << 20, device="cuda"), []
+    made = torch.cuda.Event(external=True)
+
+    def step() -> torch.Tensor:
+        torch.cuda._sleep(20_000_000)  # 10 ms, so that who does not wait is early
+        numbers.add_(1)
+        made.record()
+        torch.cuda._sleep(20_000_000)
+        return numbers
+
+    captured, beside = CapturedStep(step, [numbers]), torch.cuda.Stream()
+    for _ in range(5):
+        ended = torch.cuda.Event()
+        captured()
+        ended.record()
+        with torch.cuda.stream(beside):
+            beside.wait_event(made)
+            seen.append(numbers.clone())
+        beside.synchronize()
+        assert not ended.query()  # in the middle of the replay, not at its end
+        torch.cuda.current_stream().wait_stream(beside)
+    assert [values.unique().tolist() for values in seen] == [[n] for n in (1.0, 2.0, 3.0, 4.0, 5.0)]
