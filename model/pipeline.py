@@ -313,13 +313,14 @@ class LaMambaPipeline:
 
     @torch.inference_mode()
     def preview(self, latents: Tensor) -> Tensor:
-        """Latents `(n, C, h, w)` fp32 to rough pictures `(n, h, w, 3)` uint8 on the CPU.
+        """Latents `(n, C, h, w)` fp32 to rough pictures `(n, h, w, 3)` uint8 on the CPU; from a GPU they are
+        there when it has done all that it was given, for which this does not wait.
 
         Raises ValueError for a model without a preview map.
         """
         if self.preview_map is None:
             raise ValueError(f"{self.name}: no preview map; `lamamba fit-previews` makes one")
-        return self.preview_map(latents).cpu()
+        return self.preview_map(latents).to("cpu", non_blocking=True)
 
     @torch.inference_mode()
     def generate(

@@ -5,9 +5,11 @@
      any thread              the engine's thread, step by step              its own thread
 
 A request joins at the step after it arrives, and a finished image leaves at once (what else there is to
-compare with is in batching.py). Other threads never touch the scheduler or the slots: they put commands into
-the inbox, which the engine's thread runs between steps. What is shared (the tickets not yet answered, the
-number of images waiting) is behind one lock that is never held during a step.
+compare with is in batching.py). A GPU has the next step before it is done with this one, so it never waits
+for the host; what follows from a step's end then happens a step later. Other threads never touch the
+scheduler or the slots: they put commands into the inbox, which the engine's thread runs between steps. What
+is shared (the tickets not yet answered, the number of images waiting) is behind one lock that is never held
+during a step.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -44,7 +47,8 @@ if TYPE_CHECKING:
 
     from service.engine.batching import Batching
     from service.engine.pipeline import ServedPipeline
-    from service.engine.request import LaneName
+    from service.engine.request import LaneName, Preview
+    from service.engine.runner import FinishedLatents
     from service.metrics import Metrics
 
 __all__ = ["Engine"]
@@ -53,6 +57,18 @@ _MAX_RETRY_AFTER_S = 60.0
 _STOPPED = "the engine has stopped; this server is about to be restarted"
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _LaunchedStep:
+    """A step that the device may still be at, and what follows when it is done."""
+
+    plan: PlannedStep
+    launched_at: float
+    finished: list[FinishedLatents] = field(default_factory=list)
+    """Images that left the lane with it, for the decoder."""
+    previews: Sequence[Preview] = ()
+    done: torch.cuda.Event | None = None
 
 
 class Engine:
@@ -75,6 +91,9 @@ class Engine:
         self._runners = {lane: Runner(pipeline, num_slots=max_rows) for lane, pipeline in pipelines.items()}
         self._decoder = Decoder(self.device, self)
         self._max_decode_backlog = max_rows
+        self._launched: deque[_LaunchedStep] = deque()  # the engine's thread's own
+        self._steps_ahead = 1 if self.device.type == "cuda" else 0
+        self._last_step_ended_at = -math.inf
         self.max_queue_images = max_queue_images
         self._metrics = metrics
         self._clock = clock
@@ -263,7 +282,9 @@ class Engine:
     # --- the engine's thread ---
 
     def step(self) -> bool:
-        """Run one denoising step of one lane, then part of a warm-up; False when there was nothing to do."""
+        """Launch one denoising step of one lane and finish the one before, then do a part of a warm-up; False
+        when there was nothing to do.
+        """
         self._receive()
         self._expire()
         for lane in self._runners:  # those that only waited for an image that has been given up
@@ -271,21 +292,42 @@ class Engine:
         self._forget_lanes()
         plan = self._scheduler.schedule(self._clock(), admit=self._decoder.backlog < self._max_decode_backlog)
         if plan is None:
-            return self._warm_up_further()
+            return self._finish_steps(0) or self._warm_up_further()
         self._note_start(plan)
-        started = self._clock()
+        step = _LaunchedStep(plan, launched_at=self._clock())
         failures = self._run(plan.lane, plan.jobs)
-        seconds = self._clock() - started
-        self._scheduler.charge(plan.lane, seconds)
         if failures is None:
+            self._scheduler.charge(plan.lane, self._clock() - step.launched_at)
             self._shrink(plan)
             return True
         self._scheduler.row_limit.count_good_step()
-        self._observe(plan, seconds)
+        self._launched.append(step)
         self._postprocess(plan, failures)
-        self._reports.report_steps(plan, self._runners[plan.lane])
+        step.previews = self._reports.previews(plan, self._runners[plan.lane])
+        step.done = self._runners[plan.lane].launched()
+        self._finish_steps(self._steps_ahead)
         self._reports.report_queue()
         self._warm_up_further()
+        return True
+
+    def _finish_steps(self, num_ahead: int) -> bool:
+        """Wait until the device has at most so many steps to do, and act on those that it has done; False
+        where it had no more.
+        """
+        if len(self._launched) <= num_ahead:
+            return False
+        while len(self._launched) > num_ahead:
+            step = self._launched.popleft()
+            if step.done is not None:
+                step.done.synchronize()
+            now = self._clock()
+            seconds = now - max(step.launched_at, self._last_step_ended_at)
+            self._last_step_ended_at = now
+            self._scheduler.charge(step.plan.lane, seconds)
+            self._observe(step.plan, seconds)
+            for latents in step.finished:
+                self._submit(latents)
+            self._reports.report_steps(step.plan, step.previews)
         return True
 
     def _run_forever(self) -> None:
@@ -339,6 +381,8 @@ class Engine:
 
     def _forget_lanes(self) -> None:
         """Let the models go that are served no longer and have made their last image."""
+        if any(step.plan.lane in self._retired for step in self._launched):
+            self._finish_steps(0)
         for lane in [lane for lane in self._retired if self._scheduler.remove_lane(lane)]:
             self._retired.discard(lane)
             self._runners.pop(lane, None)
@@ -442,14 +486,22 @@ class Engine:
         self._hand_over(plan.lane)
 
     def _hand_over(self, lane: LaneName) -> None:
-        """Give the finished images that leave the lane to the decoder."""
+        """Give the finished images that leave the lane to the decoder, once the device has made them."""
         leaving = self._scheduler.leaving(lane)
-        if leaving:
-            latents = self._runners[lane].take(leaving)
-            for job in leaving:
-                self._scheduler.release(job)
-                job.ticket.denoised_at = self._clock()
-            self._decoder.submit(latents)
+        if not leaving:
+            return
+        latents = self._runners[lane].take(leaving)
+        for job in leaving:
+            self._scheduler.release(job)
+        if self._launched:
+            self._launched[-1].finished.append(latents)
+        else:
+            self._submit(latents)
+
+    def _submit(self, latents: FinishedLatents) -> None:
+        for job in latents.jobs:
+            job.ticket.denoised_at = self._clock()
+        self._decoder.submit(latents)
 
     def _drop(self, ticket: Ticket) -> None:
         self._timed.discard(ticket)

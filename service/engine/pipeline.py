@@ -67,7 +67,9 @@ class ServedPipeline(Protocol):
         """Latents (n, C, H, W) fp32 to pixels (n, height, width, 3) uint8 on the CPU."""
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (n, C, h, w) fp32 to rough pictures (n, h, w, 3) uint8 on the CPU."""
+        """Latents (n, C, h, w) fp32 to rough pictures (n, h, w, 3) uint8 on the CPU; from a GPU they are
+        there when it has done all that it was given.
+        """
 
     def class_index(self, class_id: int | str) -> int:
         """The class of an id or a label; ValueError names the accepted ids and labels near a wrong one."""

@@ -1,6 +1,7 @@
 """What the watchers of requests are told between two steps: steps, previews, and the place in the queue.
 
-    report_steps()  after each step: the images that it moved, with the previews that are due
+    previews()      when a step is launched: those that are due after it
+    report_steps()  when it is done: the images that it moved, with these previews
     report_queue()  after each step: the requests that wait, where others before them have gone
 
 A preview that cannot be made costs no image.
@@ -46,15 +47,18 @@ class Reports:
         """A request has left the queue."""
         self._waiting.discard(ticket)
 
-    def report_steps(self, plan: PlannedStep, runner: Runner) -> None:
-        """Tell of a step that `runner` has done."""
-        watched = [job for job in plan.jobs if job.ticket.watcher is not None]
-        if not watched:
-            return
-        previews: dict[Ticket, list[Preview]] = {job.ticket: [] for job in watched}
-        for preview in _previews(runner, watched):
-            previews[preview.job.ticket].append(preview)
-        for ticket, new in previews.items():
+    def previews(self, plan: PlannedStep, runner: Runner) -> Sequence[Preview]:
+        """Those due after a step that `runner` has launched, as its `preview` makes them: filled in later."""
+        return _previews(runner, [job for job in plan.jobs if job.ticket.watcher is not None])
+
+    def report_steps(self, plan: PlannedStep, previews: Sequence[Preview]) -> None:
+        """Tell of a step that is done."""
+        told: dict[Ticket, list[Preview]] = {
+            job.ticket: [] for job in plan.jobs if job.ticket.watcher is not None
+        }
+        for preview in previews:
+            told.setdefault(preview.job.ticket, []).append(preview)
+        for ticket, new in told.items():
             if new and not ticket.previewed:
                 ticket.previewed = True
                 self._metrics.time_to_first_preview.observe(self._clock() - ticket.submitted_at)

@@ -3,7 +3,8 @@
     gather the active slots -> StepBatch -> the pipeline's `denoise_step`, as in-process -> scatter
 
 S slots, n active images, (C, H, W) the latents of one. A step leaves the slots as they were if it raises,
-so it can be tried again with fewer images.
+so it can be tried again with fewer images. On CUDA everything is launched, nothing waited for: `launched`
+says when the device has done it.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ class Runner:
         latents, history = self.pipeline.denoise_step(batch)
         self._latents[slots] = latents
         self._history[slots] = history
-        self._wait_for_step()
 
     @torch.inference_mode()
     def take(self, jobs: Sequence[ImageJob]) -> FinishedLatents:
@@ -107,12 +107,14 @@ class Runner:
         (slots,) = self._int64([job.slot or 0 for job in jobs])
         latents = self._latents[slots]  # (n, C, H, W)
         return FinishedLatents(
-            jobs=tuple(jobs), pipeline=self.pipeline, latents=latents, ready=self._record_event()
+            jobs=tuple(jobs), pipeline=self.pipeline, latents=latents, ready=self.launched()
         )
 
     @torch.inference_mode()
     def preview(self, jobs: Sequence[ImageJob]) -> NDArray[np.uint8]:
-        """Rough pictures `(n, h, w, 3)` of what the images' last step took them to become, x0."""
+        """Rough pictures `(n, h, w, 3)` of what the images' last step took them to become, x0; on CUDA filled
+        in by the time of `launched`.
+        """
         (slots,) = self._int64([job.slot or 0 for job in jobs])
         return self.pipeline.preview(self._history[slots]).numpy()
 
@@ -213,21 +215,13 @@ class Runner:
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
-    def _record_event(self) -> torch.cuda.Event | None:
+    def launched(self) -> torch.cuda.Event | None:
+        """When the device has done all that it was given so far; None on a CPU, which has."""
         if self._device.type != "cuda":
             return None
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
-
-    def _wait_for_step(self) -> None:
-        """Wait until the device is done: the engine charges a model with the time that its steps take.
-
-        Without this a step's time would be charged to whichever model steps next.
-        """
-        done = self._record_event()
-        if done is not None:
-            done.synchronize()
 
 
 def _warm_up_steps(max_rows: int, *, conditional: bool, all_ends: bool) -> list[tuple[int, bool]]:

@@ -7,7 +7,7 @@ the same two steps in every run, so no test waits for a clock.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from model.diffusion.samplers import sampler_table
 from model.pipeline import LaMambaPipeline
 from service.engine.engine import Engine
-from service.engine.request import LaneName, Ticket
+from service.engine.request import LaneName, Preview, Ticket
+from service.engine.runner import Runner
 from service.errors import DeadlineExceeded, Draining, EngineStopped, GenerationFailed, QueueFull
 from service.metrics import Metrics
 from tests.fakes import fake_pipeline
@@ -92,6 +93,70 @@ def test_engine_a_step_outside_of_the_guidance_interval_costs_one_row(engine_of:
     assert max(network.rows_of_calls) == 4
     assert sum(network.rows_of_calls) == 3 * sum(rows)
     assert all(job.finished for job in ticket.jobs)
+
+
+class FakeGpu:
+    """When what an engine launches is done: at the moment when the engine waits for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.now = 0.0
+        gpu = self
+
+        class Launched:
+            def __init__(self) -> None:
+                self.number = sum(entry.startswith("launch") for entry in gpu.log)
+
+            def synchronize(self) -> None:
+                gpu.log.append(f"done {self.number}")
+                gpu.now += 1.0
+
+        monkeypatch.setattr(Runner, "launched", lambda runner: Launched())
+
+    def launch(self) -> None:
+        self.log.append("launch")
+        self.now += 0.25
+
+    def engine(self, pipeline: LaMambaPipeline, **options: Any) -> Engine:
+        """One whose steps are the test's and that launches ahead."""
+        network: Any = pipeline.network
+        network.before_call = self.launch
+        options = {"max_rows": 8, "max_queue_images": 64, "metrics": Metrics()} | options
+        engine = Engine({LaneName(pipeline.name): pipeline}, clock=lambda: self.now, **options)
+        engine._steps_ahead = 1
+        return engine
+
+
+def test_engine_a_gpu_has_its_next_step_before_it_is_done_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, metrics = FakeGpu(monkeypatch), Metrics()
+    engine = gpu.engine(fake_pipeline(), metrics=metrics)
+    ticket = engine.submit(replace(REQUEST, num_inference_steps=3))
+    handed_over = []
+    while engine.step():
+        handed_over.append(engine._decoder.backlog)
+    assert gpu.log == ["launch", "launch", "done 1", "launch", "done 2", "done 3"]
+    assert handed_over == [0, 0, 0, 1]  # not before its last step is done
+    assert ticket.denoised_at == gpu.now
+    # Each moment counts once, the host's as long as the device has nothing to do.
+    assert engine._scheduler._lanes[LaneName(REQUEST.model)].virtual_time_s == gpu.now
+    engine.stop()
+
+
+def test_engine_previews_are_shown_when_their_step_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    engine = gpu.engine(fake_pipeline())
+    shown: list[tuple[str, list[int]]] = []
+
+    class Watcher:
+        def changed(self, previews: Sequence[Preview]) -> None:
+            if previews:
+                shown.append((gpu.log[-1], [preview.steps_done for preview in previews]))
+
+    engine.submit(replace(REQUEST, num_inference_steps=3, num_previews=2), watcher=Watcher())
+    while engine.step():
+        pass
+    assert shown == [("done 1", [1]), ("done 2", [2])]
+    engine.stop()
 
 
 def test_engine_a_request_joins_the_running_batch_and_a_finished_one_leaves(engine_of: EngineFactory) -> None:

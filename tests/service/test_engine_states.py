@@ -84,9 +84,10 @@ class EngineMachine(RuleBasedStateMachine):
 
     # --- events ---
 
-    @initialize(broken=st.booleans())
-    def set_up(self, broken: bool) -> None:
+    @initialize(broken=st.booleans(), steps_ahead=st.sampled_from([0, 1]))
+    def set_up(self, broken: bool, steps_ahead: int) -> None:
         self.break_or_mend(broken)
+        self.engine._steps_ahead = steps_ahead  # 1: what follows from a step comes one later, as on a GPU
 
     @rule(
         model=st.sampled_from(LANES),
@@ -275,7 +276,8 @@ class EngineMachine(RuleBasedStateMachine):
             if not ticket.done
         )
         halvings = len(LANES) * MAX_ROWS  # of the limit of rows, which may stand above what fits
-        for _ in range(left + 1 + self.decoder.backlog + halvings):
+        last = 1 + self.engine._steps_ahead
+        for _ in range(left + last + self.decoder.backlog + halvings):
             if not self.take_step() and self.scheduler.opens_at < math.inf:
                 self.now = self.scheduler.opens_at
                 self.take_step()
