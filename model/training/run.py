@@ -151,6 +151,7 @@ class _Run:
             if trainer.images_seen < config.num_images:
                 started = time.monotonic()
                 trainer.prepare()
+                world.barrier()  # a rank that compiles what others found in a cache is minutes behind
                 logger.info("ready to train after %.0f s", time.monotonic() - started)
             if world.is_main:
                 take_back_snapshots(self.output_dir / "snapshots", trainer.images_seen)

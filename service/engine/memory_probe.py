@@ -5,8 +5,8 @@
                                   + with CUDA graphs, as much again for each model: a graph keeps its own
                                   + a batch of the decoder, which runs beside the steps; graphs: each model's
 
-A share of the free memory stays free, for what the measurements do not see: the graphs themselves, the gaps
-between blocks, the workspaces of libraries.
+A share of the free memory stays free, and not less than a certain amount, for what the measurements do not
+see: the graphs themselves, the gaps between blocks, libraries' kernels and workspaces.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = ["MAX_PROBED_ROWS", "StepMemory", "fitting_rows", "probe_max_rows"]
 MAX_PROBED_ROWS: Final = 128
 """More rows raise a GPU's throughput by little, and each step's time by as much as they are more."""
 _KEPT_FREE: Final = 0.1
+_LEAST_KEPT_FREE_BYTES: Final = 192 * 2**20
 _SMALL_IMAGES: Final = 1
 _LARGE_IMAGES: Final = (8, 4, 2)
 """Those of the second measurement, fewer where they do not fit."""
@@ -69,12 +70,13 @@ def fitting_rows(
         each = [step.fixed + rows * step.per_row for step in steps]
         return decoding + max(each) + (sum(each) if captured else 0.0)
 
+    usable = free_bytes - max(_KEPT_FREE * free_bytes, _LEAST_KEPT_FREE_BYTES)
     candidates = [2 * size for size in CAPTURED_SIZES if 2 * size <= MAX_PROBED_ROWS]
-    fitting = [rows for rows in candidates if needed(rows) <= (1.0 - _KEPT_FREE) * free_bytes]
+    fitting = [rows for rows in candidates if needed(rows) <= usable]
     if not fitting:
         raise ValueError(
             f"max_rows: 0 given, and {free_bytes / 2**30:.2f} GiB are free beside the models; "
-            f"2 rows and the decoder need {needed(2) / (1.0 - _KEPT_FREE) / 2**30:.2f}"
+            f"2 rows and the decoder need {(needed(2) + free_bytes - usable) / 2**30:.2f}"
         )
     return max(fitting)
 

@@ -28,7 +28,7 @@ def test_two_measurements_give_the_line() -> None:
         pytest.param(7.3, True, 1, 48, id="graphs-keep-their-own"),
         pytest.param(7.3, True, 3, 24, id="graphs-of-three-models"),
         pytest.param(7.3, False, 3, 128, id="models-take-turns"),
-        pytest.param(0.35, False, 1, 2, id="one-image"),
+        pytest.param(0.46, False, 1, 2, id="one-image"),
     ],
 )
 def test_fitting_rows_are_those_of_a_captured_size(
@@ -51,10 +51,13 @@ def test_the_decoder_and_a_share_of_the_memory_are_left_free() -> None:
     assert rows(needed / 0.9 - 0.001, 0.0) == 48
     assert rows((needed + 1.0) / 0.9 + 0.001, 1.0) == 64
     assert rows((needed + 1.0) / 0.9 - 0.001, 1.0) == 48
+    needed, least_kept = 0.1 + 16 * 0.05, 0.1875
+    assert rows(needed + least_kept + 0.001, 0.0) == 16
+    assert rows(needed + least_kept - 0.001, 0.0) == 12
 
 
 def test_a_gpu_without_memory_for_an_image_is_refused_in_gib() -> None:
-    with pytest.raises(ValueError, match=r"max_rows: 0 given, and 0\.25 GiB are free .* need 0\.33"):
+    with pytest.raises(ValueError, match=r"max_rows: 0 given, and 0\.25 GiB are free .* need 0\.49"):
         fitting_rows([STEP], free_bytes=0.25 * GIB, decode_bytes=[0.1 * GIB], captured=False)
 
 
