@@ -18,7 +18,7 @@ By the client's outcomes, HAProxy's log and the replicas' logs it is then checke
 answered with its image, once; that the replica of SIGTERM answered all that it had accepted and ended with 0;
 and that no replica answered an id twice. Exit code 1 where anything differs.
 
-    python benchmarks/replicas.py                  # 4 replicas of 2 cores: 16 cores, about ten minutes
+    python benchmarks/replicas.py                  # 4 replicas of 2 cores: 16 cores, some 13 minutes
     python benchmarks/replicas.py --replicas 1,3 --cores-per-replica 1 --phase-s 20   # a trial, anywhere
     python benchmarks/replicas.py --plot benchmarks/results/replicas.json          # draws it again
 """
