@@ -105,13 +105,14 @@ def _imagenet_network(recipe: str) -> str:
 
 
 def _distance(recipe: str, study: Sequence[dict[str, Any]]) -> str:
-    """The mean over seeds, of the runs on most images where there are several."""
+    """The mean over seeds and how many, of the runs on most images where there are several."""
     as_published = [row for row in study if not row.get("set") and "sigma_rel" not in row.get("samples", {})]
     runs = [group for (name, _), group in groups(as_published).items() if name == recipe]
     if not runs:
         return "not measured yet"
     most = max(runs, key=lambda group: group[0]["images"])
-    return f"{statistics.mean(row['frechet_distance'] for row in most):.2f}"
+    seeds = "one seed" if len(most) == 1 else f"{len(most)} seeds"
+    return f"{statistics.mean(row['frechet_distance'] for row in most):.2f} ({seeds})"
 
 
 def _cost() -> dict[str, str]:

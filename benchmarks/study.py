@@ -47,7 +47,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.study_report import FLOOR, draw
+from benchmarks.study_report import FLOOR, RECIPES, draw
 from model.architecture import Architecture, architecture_fields
 from model.autoencoder import to_pixels
 from model.benchmark.environment import RESULTS, environment
@@ -64,13 +64,6 @@ from model.training.export import export_run
 from model.training.run import Diverged, train
 from model.whole_file import write_json
 
-RECIPES = (
-    *("imagenet-256-s", "imagenet-256-dit-s-2", "imagenet-256-s-no-attention", "imagenet-256-s-no-shift"),
-    *("imagenet-256-s-global-attention", "imagenet-256-s-ss2d", "imagenet-256-s-vim"),
-    *("imagenet-256-s-local-mamba", "imagenet-256-s-es2d", "imagenet-256-s-downsample-1x"),
-    *("imagenet-256-s-downsample-3x", "imagenet-256-s-decoder-minus-1", "imagenet-256-s-concat"),
-    *("imagenet-256-b", "imagenet-256-dit-b-2"),
-)
 PLACES_CLASSES, DOWNSAMPLING, LATENT_CHANNELS = 21, 8, 4
 LEAST_START_S = 60.0
 """Less time than this is not worth the start of a run."""

@@ -20,6 +20,14 @@ from model.benchmark.plot import can_plot
 from model.recipes import recipe_summaries
 from model.whole_file import whole_file
 
+RECIPES = (
+    *("imagenet-256-s", "imagenet-256-dit-s-2", "imagenet-256-s-no-attention", "imagenet-256-s-no-shift"),
+    *("imagenet-256-s-global-attention", "imagenet-256-s-ss2d", "imagenet-256-s-vim"),
+    *("imagenet-256-s-local-mamba", "imagenet-256-s-es2d", "imagenet-256-s-downsample-1x"),
+    *("imagenet-256-s-downsample-3x", "imagenet-256-s-decoder-minus-1", "imagenet-256-s-concat"),
+    *("imagenet-256-b", "imagenet-256-dit-b-2"),
+)
+"""What is compared, in the order in which it is run."""
 FLOOR = "reserved-views"
 """The recipe of the row that sets views of places against others: what no model gets below."""
 
@@ -28,8 +36,7 @@ _ABLATION = re.compile(r"imagenet-256-s-")
 
 
 def main() -> None:
-    results = RESULTS / "study.json"
-    print(draw(results))
+    print(draw(RESULTS / "study.json", RECIPES))
 
 
 def draw(results: Path, recipes: Sequence[str] = ()) -> str:
@@ -48,13 +55,17 @@ def draw(results: Path, recipes: Sequence[str] = ()) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]], recipes: Sequence[str] = ()) -> str:
-    """Markdown: a line for each recipe and size of a run, its seeds side by side, the paper's FID behind."""
+    """Markdown: a line for each recipe and size of a run, its seeds side by side, the paper's FID behind.
+
+    A seed that others have and a recipe lacks is named, as its mean is not of the same seeds.
+    """
     lines = [
         "| recipe | images | parameters, M | GMACs | distance of each seed | mean | images/s | training, min "
         "| the paper's FID |",
         "| - | - | - | - | - | - | - | - | - |",
     ]
     all_groups = groups(rows)
+    seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
     order = [*recipes, *(recipe for recipe, _ in all_groups if recipe not in recipes)]
     for recipe in dict.fromkeys(order):
         found = [group for key, group in all_groups.items() if key[0] == recipe]
@@ -68,6 +79,8 @@ def table(rows: Sequence[dict[str, Any]], recipes: Sequence[str] = ()) -> str:
             if recipe == FLOOR:
                 lines.append(f"| other {FLOOR.replace('-', ' ')} | | | | {distances} | {mean:.2f} | | | |")
                 continue
+            present = [row["seed"] for row in group]
+            distances += "".join(f"; seed {seed} not run yet" for seed in seeds if seed not in present)
             first = group[0]
             speed = statistics.median(row["images_per_second"] for row in group)
             minutes = statistics.mean(row["training_seconds"] for row in group) / 60
@@ -105,7 +118,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 label(group[0]).removeprefix("imagenet-256-"),
                 (x, value),
                 textcoords="offset points",
-                xytext=(6, 4),
+                xytext=(8, 6),
                 fontsize=7,
             )
     axes[0].set_ylabel("Fréchet distance, EfficientNet-Lite2 (dotted: other reserved views)")
@@ -114,6 +127,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes[1].set_title("ImageNet 256, as the paper prints it", fontsize=10)
     for axis in axes:
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.margins(0.2)  # room for the names beside the points
+        axis.set_ylim(bottom=0)
         axis.set_xlabel("GMACs a forward (areas: parameters)")
         axis.grid(alpha=0.25)
     with whole_file(path) as temporary:

@@ -62,7 +62,7 @@ def test_a_network_has_the_mean_of_its_seeds_on_most_images(sizes: dict[str, dic
     lines = {line.split("|")[2].strip(): line for line in tables_2_to_4(list(sizes.values()), study)}
     assert len(lines) == 2 + 21
     assert lines["`imagenet-256-s`"] == (
-        "| 2 | `imagenet-256-s` | 32 | 34.11 | 3.19 | 3.20 | 55.68 | 21.50 |"
+        "| 2 | `imagenet-256-s` | 32 | 34.11 | 3.19 | 3.20 | 55.68 | 21.50 (2 seeds) |"
     )
     assert lines["`imagenet-256-s-no-attention`"] == (
         "| 3 | `imagenet-256-s-no-attention` | - | 26.24 | 2.45 | 2.47 | 69.78 | not measured yet |"

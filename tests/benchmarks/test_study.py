@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import study as module
-from benchmarks.study import RECIPES, Run, Study, planned_runs
-from benchmarks.study_report import draw, label, table
+from benchmarks.study import Run, Study, planned_runs
+from benchmarks.study_report import RECIPES, draw, label, table
 from model.evaluation.features import Features
 from model.network.kinds import network_macs, network_parameters
 from model.training.config import TrainConfig
@@ -161,6 +161,7 @@ def test_the_table_sets_seeds_side_by_side_and_names_what_is_missing(tmp_path: P
     rows = [
         _row("imagenet-256-s", 1, 22.0),
         _row("imagenet-256-s", 0, 20.0),
+        _row("imagenet-256-b", 1, 10.0),
         {"key": "floor", "recipe": "reserved-views", "seed": None, "frechet_distance": 3.0}
         | {"standard_error": 0.1},
     ]
@@ -169,7 +170,8 @@ def test_the_table_sets_seeds_side_by_side_and_names_what_is_missing(tmp_path: P
         "| imagenet-256-s | 1,000 | 34.00 | 3.20 | 20.00 ± 0.25, 22.00 ± 0.25 | 21.00 | 900 | 1.5 | 55.68 |"
     )
     assert text[3] == "| imagenet-256-dit-s-2 | not run yet | | | | | | | 68.40 |"
-    assert text[4] == "| other reserved views | | | | 3.00 ± 0.10 | 3.00 | | | |"
+    assert "| 10.00 ± 0.25; seed 0 not run yet | 10.00 |" in text[4]
+    assert text[5] == "| other reserved views | | | | 3.00 ± 0.10 | 3.00 | | | |"
     assert {line.count("|") for line in text} == {10}
     option = table([rows[0] | {"set": ["min_snr_gamma=5"]}]).splitlines()[2]
     assert option.startswith("| imagenet-256-s, min_snr_gamma=5 | 1,000 |")
