@@ -15,6 +15,7 @@ launching them takes, so where the two are equal the step is bound by the host.
 
     python benchmarks/training.py --recipes places-256 places-128 --modes block none full --limit-s 240
     python benchmarks/training.py --networks XL dit-xl-2 B dit-b-2 --batch 128 --steps 15 --limit-s 150
+    python benchmarks/training.py --plot benchmarks/results/xl-places-h200.json      # the log of a whole run
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ from model.training.source import CachedSource
 from model.training.trainer import Trainer
 from model.training.watch import full_images_per_second
 from model.training.world import World
+from service.benchmark.plot import finish, pyplot, save
 
 NUM_CLASSES = 21
 PROFILED_KERNELS = 40
@@ -89,9 +91,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--limit-s", type=float, default=240, help="for one case, compilation included")
     parser.add_argument("--profile", action="store_true", help="also say which kernels a step's time goes to")
+    parser.add_argument("--plot", type=Path, help="only draw the log of a run's file of results")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     parser.add_argument("--case", nargs=3, metavar=("NAME", "MODE", "BATCH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.plot is not None:
+        content = json.loads(arguments.plot.read_text(encoding="utf-8"))
+        print(plot_log(content, arguments.plot.with_suffix(".png")))
+        return
     if arguments.case:
         name, mode, batch = arguments.case
         for row in measure(arguments, name, mode, int(batch)):
@@ -166,6 +173,32 @@ def comparison(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         },
         "goal": LEAST_RATIO,
     }
+
+
+def plot_log(content: Mapping[str, Any], path: Path) -> Path:
+    """Loss and speed of a run over the images seen, its stops marked, to `path` (PNG).
+
+    `content["results"]` has the run's `log`, as log.jsonl has it, and `stops`: `images` and `signal` of each.
+    """
+    log = content["results"]["log"]
+    figure, panels = pyplot().subplots(1, 2, figsize=(10.5, 4.0), layout="constrained")
+    images = [line["images"] for line in log]
+    for axes, name, title in zip(panels, ("loss", "images_per_second"), ("loss", "images/s"), strict=True):
+        axes.plot(images, [line[name] for line in log], color="#c2410c", linewidth=1)
+        for stop in content["results"]["stops"]:
+            axes.axvline(stop["images"], color="#1d4ed8", linestyle="--", linewidth=1)
+            axes.annotate(
+                f" {stop['signal']}", (stop["images"], 0.9), xycoords=("data", "axes fraction"), fontsize=8
+            )
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("images seen")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        finish(axes)
+    panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter("{x:g}")
+    panels[1].set_ylim(0, 1.2 * max(line["images_per_second"] for line in log))
+    return save(figure, content["environment"], path)
 
 
 def measure(arguments: argparse.Namespace, name: str, mode: str, batch: int) -> Iterator[dict[str, Any]]:

@@ -95,7 +95,8 @@ def finish(axes: Any) -> None:
 
 def save(figure: Any, environment: Mapping[str, Any], path: Path) -> Path:
     """Write the figure to `path` (PNG), headed by what the run was on."""
-    figure.suptitle(environment.get("gpu", f"{environment['cpus']} cores, {environment['cpu']}"), fontsize=11)
+    device = environment.get("gpu") or f"{environment['cpus']} cores, {environment['cpu']}"
+    figure.suptitle(device, fontsize=11)
     figure.savefig(path, dpi=150)
     pyplot().close(figure)
     return path

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.training import comparison, did_not_fit, measure
+from benchmarks.training import comparison, did_not_fit, measure, plot_log
 
 
 def timed(name: str, images_per_second: float, **facts: Any) -> dict[str, Any]:
@@ -32,6 +33,17 @@ def test_the_best_rows_are_compared() -> None:
 def test_there_is_no_ratio_without_a_peer() -> None:
     compared = comparison([timed("XL", 300.0), {"name": "dit-xl-2", "failed": "over 10 s"}])
     assert compared["ratios"] == {}
+
+
+def test_a_runs_log_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    log = [{"images": 100 * n, "loss": 1 / n, "images_per_second": 700.0} for n in (1, 2, 3)]
+    content = {"environment": {"gpu": "a GPU"}, "results": {"log": log, "stops": []}}
+    straight = plot_log(content, tmp_path / "straight.png").read_bytes()
+    content["results"]["stops"] = [{"images": 150, "signal": "SIGTERM"}]
+    stopped = plot_log(content, tmp_path / "stopped.png").read_bytes()
+    assert straight.startswith(b"\x89PNG")
+    assert straight != stopped, "the stop is not marked"
 
 
 def test_only_a_case_without_any_time_did_not_fit() -> None:
