@@ -20,13 +20,26 @@ __all__ = ["load_recipe", "recipe_names", "recipe_summaries"]
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as YAML 1.2 does; to YAML 1.1, which asks for 1.0e-3, it is text."""
+    """Reads 1e-3 as a number, as YAML 1.2 does; to YAML 1.1, which asks for 1.0e-3, it is text. A key that
+    stands twice is an error, as both standards say: of its values PyYAML would drop one.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return node
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 _NOT_FIELDS = ("summary", "base")
+# What is raised beside: for bytes that are no text, dates that do not exist, tags of another type, depth.
+_UNREADABLE = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 
 
 def recipe_names() -> list[str]:
@@ -57,7 +70,7 @@ def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> dict[s
                 raise ValueError(f"override: {key!r} given; {parent!r} has no fields of its own")
         try:
             target[leaf] = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
+        except _UNREADABLE as error:
             raise ValueError(
                 f"override: {override!r} given, whose value is no YAML: {one_line(error)}"
             ) from error
@@ -95,7 +108,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         names = ", ".join(recipe_names())
         raise ValueError(f"config: {str(path)!r} given; a file or one of {names} is accepted") from error
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, *_UNREADABLE) as error:
         raise ValueError(f"config: {path} cannot be read: {one_line(error)}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"config: {path} holds no mapping of fields")

@@ -147,8 +147,11 @@ def test_load_recipe_reads_a_file(tmp_path: Path) -> None:
             r"override: 'ema_tracks=\[0.05' given, whose value is no YAML: while parsing [^\n]+$",
         ),
         ("places-128", ["name.first=a"], "'name' has no fields of its own"),
+        ("places-128", ["name=2026-02-30"], "override: 'name=2026-02-30' given, whose value is no YAML: day"),
+        ("places-128", ["seed=!!int a"], "override: 'seed=!!int a' given, whose value is no YAML: invalid"),
+        ("places-128", ["network={d_state: 1, d_state: 2}"], "no YAML: d_state stands twice in"),
     ],
-    ids=["unknown", "no-equals", "broken-value", "scalar-parent"],
+    ids=["unknown", "no-equals", "broken-value", "scalar-parent", "no-date", "other-type", "twice"],
 )
 def test_load_recipe_refuses(name: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -168,7 +171,17 @@ def test_load_recipe_refuses_a_base_that_is_not_there_or_goes_round(
         load_recipe("a.yaml")
 
 
-def test_load_recipe_refuses_broken_yaml(tmp_path: Path) -> None:
-    (tmp_path / "broken.yaml").write_text("name: [")
+@pytest.mark.parametrize(
+    "content",
+    [b"name: [", b"\xff\xfe\x00", b"seed: 1\nname: mine\nseed: 2\n", b"name: " + b"[" * 3000],
+    ids=["unfinished", "no-text", "key-twice", "too-deep"],
+)
+def test_load_recipe_refuses_broken_yaml(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "broken.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=r"broken\.yaml cannot be read"):
         load_recipe(str(tmp_path / "broken.yaml"))
+
+
+def test_load_recipe_takes_for_a_number_what_is_one_to_its_end() -> None:
+    fields = load_recipe("places-128", ["name=7e3fa1", "learning_rate=1e-4"])
+    assert (fields["name"], fields["learning_rate"]) == ("7e3fa1", 1e-4)
