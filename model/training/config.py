@@ -165,7 +165,7 @@ class TrainConfig:
             value = getattr(self, name)
             is_integer = isinstance(value, int) and not isinstance(value, bool)
             self._require(name, is_integer and value >= least, f"an integer of at least {least}")
-        self._require("seed", self.seed <= MAX_SEED, f"at most {MAX_SEED}")
+            self._require(name, value <= MAX_SEED, f"at most {MAX_SEED}")
         for name in ("learning_rate", "state_every_s", "rank_timeout_s"):
             value = getattr(self, name)
             self._require(name, _is_number(value) and 0 < value < math.inf, "a finite number above 0")

@@ -36,6 +36,7 @@ from model.training.config import TrainConfig
 from model.training.data import TrainingData
 from model.training.export import export_run
 from model.training.network import build_network
+from model.training.run_folder import claimed_folder
 from model.training.samples import sample_grid
 from model.training.snapshots import take_back_snapshots, write_snapshot
 from model.training.source import Source
@@ -81,7 +82,10 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
                 downsampling=data.downsampling,
                 in_channels=data.latent_channels,
             )
-            with progress_display(shown=world.is_main) as progress:
+            with (
+                claimed_folder(Path(config.output_dir), world),
+                progress_display(shown=world.is_main) as progress,
+            ):
                 run = _Run(config, data, architecture, world, progress)
                 return run.whole(stop, deadline=deadline)
 
@@ -145,7 +149,6 @@ class _Run:
         config, trainer, world = self.config, self.trainer, self.world
         try:
             if world.is_main:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
                 write_json(self.output_dir / "config.json", self.facts["run"]["config"])
                 self._write_previews()
             if trainer.images_seen < config.num_images:
@@ -338,10 +341,7 @@ def _require_room(config: TrainConfig, architecture: Architecture, world: World,
     """ValueError where disk or memory cannot hold the run's state, whatever else it needs."""
     parameters = network_parameters(architecture)
     state_bytes = 4 * parameters * (4 + len(config.ema_tracks))  # weights, two moments, EMA
-    folder = Path(config.output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    needed, free = states.bytes_to_save(state_bytes), shutil.disk_usage(folder).free
+    needed, free = states.bytes_to_save(state_bytes), shutil.disk_usage(config.output_dir).free
     if free < needed:
         raise ValueError(
             f"output_dir: {config.output_dir} has {free / 2**30:.1f} GiB free; {needed / 2**30:.1f} GiB are "

@@ -26,6 +26,7 @@ def _config(**fields: Any) -> TrainConfig:
         ({"batch_size": 2.5}, "batch_size: 2.5 given; an integer of at least 1 is accepted"),
         ({"num_images": "abc"}, "num_images: 'abc' given; an integer of at least 1 is accepted"),
         ({"seed": True}, "seed: True given; an integer of at least 0 is accepted"),
+        ({"batch_size": 2**63}, f"batch_size: {2**63} given; at most {2**63 - 1} is accepted"),
         ({"seed": 2**63}, f"seed: {2**63} given; at most {2**63 - 1} is accepted"),
         ({"warmup_images": -1}, "warmup_images: -1 given; an integer of at least 0 is accepted"),
         (
