@@ -13,7 +13,6 @@ import argparse
 import collections
 import logging
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +32,13 @@ from model.authors_format import (
 from model.autoencoder import Autoencoder
 from model.class_labels import LABELS_ACCEPTED, read_labels
 from model.config import LaMambaConfig
-from model.model_folder import load_network, read_model_index, write_model_index, write_scheduler
+from model.model_folder import (
+    load_network,
+    read_model_index,
+    staged_entries,
+    write_model_index,
+    write_scheduler,
+)
 from model.network.lamamba import LaMambaDiff, meta_network
 from model.whole_file import whole_file
 
@@ -112,9 +117,7 @@ def convert_checkpoint(
     network.load_state_dict({key: value.to(dtype, copy=True) for key, value in own.items()}, assign=True)
     if out_dir.exists() and not out_dir.is_dir():
         raise ValueError(f"out_dir: {out_dir} given, which is a file; a folder is accepted")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as temporary:
-        staging = Path(temporary)
+    with staged_entries(out_dir) as staging:
         network.save_pretrained(staging / "transformer", safe_serialization=True)
         write_scheduler(staging)
         if vae is not None:
@@ -122,8 +125,6 @@ def convert_checkpoint(
         if not keeps_index:
             write_model_index(staging, labels=names, name=out_dir.resolve().name)
         written = tuple(sorted(entry.name for entry in staging.iterdir()))
-        for name in written:
-            _move_into_place(staging / name, out_dir / name)
     return ConversionReport(
         config=config,
         weights=taken,
@@ -213,10 +214,3 @@ def _check_autoencoder(folder: Path, config: LaMambaConfig) -> None:
     channels = Autoencoder.load(folder).latent_channels
     if channels != config.in_channels:
         raise ValueError(f"vae: {channels} latent channels given; the network has {config.in_channels}")
-
-
-def _move_into_place(source: Path, target: Path) -> None:
-    """Rename `source` over `target`; a folder there is moved beside `source`, to be removed with it."""
-    if target.is_dir():
-        target.rename(source.with_name(f"{source.name}.old"))
-    source.replace(target)

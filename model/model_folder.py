@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ __all__ = [
     "own_weights",
     "read_model_index",
     "save_model_folder",
+    "staged_entries",
     "weights_hash",
     "write_model_index",
     "write_scheduler",
@@ -316,22 +318,50 @@ def save_model_folder(
     gpu_dtype: str = GPU_DTYPES[0],
 ) -> None:
     """Write `network` (rounded to `dtype`), a copy of the autoencoder's folder and the labels as a model
-    folder.
+    folder, by `staged_entries`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rounded = new_network(network.architecture)
     rounded.load_state_dict(network.state_dict())
-    moved_network(rounded, dtype=dtype).save_pretrained(folder / _NETWORK_DIR, safe_serialization=True)
-    shutil.copytree(autoencoder, folder / "vae", dirs_exist_ok=True)
-    write_scheduler(folder)
-    write_model_index(
-        folder,
-        labels=labels,
-        name=name,
-        network_class=type(network),
-        guidance_scale=guidance_scale,
-        gpu_dtype=gpu_dtype,
-    )
+    moved_network(rounded, dtype=dtype)
+    with staged_entries(folder) as staging:
+        rounded.save_pretrained(staging / _NETWORK_DIR, safe_serialization=True)
+        shutil.copytree(autoencoder, staging / "vae")
+        write_scheduler(staging)
+        write_model_index(
+            staging,
+            labels=labels,
+            name=name,
+            network_class=type(network),
+            guidance_scale=guidance_scale,
+            gpu_dtype=gpu_dtype,
+        )
+
+
+@contextmanager
+def staged_entries(folder: Path) -> Iterator[Path]:
+    """A folder to write entries of a model folder in: as the block ends each is moved to its place whole.
+    Other entries stay, but with a new index for a guidance network: it was chosen for the weights before.
+
+    Where the block raises, the model folder is as it was. OSError for what the disk does not take.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".staging-", dir=folder) as temporary:
+        staging, replaced = Path(temporary) / "new", Path(temporary) / "replaced"
+        staging.mkdir()
+        replaced.mkdir()
+        try:
+            yield staging
+        except SafetensorError as error:
+            raise OSError(f"{folder} could not be written ({one_line(error)})") from error
+        for entry in sorted(staging.iterdir()):
+            target = folder / entry.name
+            if target.is_dir():  # over which nothing can be renamed
+                target.rename(replaced / entry.name)
+            entry.replace(target)
+            guidance_network = folder / _GUIDANCE_NETWORK_DIR
+            if entry.name == "model_index.json" and guidance_network.is_dir():
+                guidance_network.rename(replaced / _GUIDANCE_NETWORK_DIR)
+                logger.warning("%s: removed, it guided the weights that were here before", guidance_network)
 
 
 def write_scheduler(folder: Path) -> None:
@@ -350,10 +380,7 @@ def write_model_index(
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
     gpu_dtype: str = GPU_DTYPES[0],
 ) -> None:
-    """Write model_index.json: diffusers' entries, the labels, and our own under "lamamba".
-
-    A guidance network that is there goes: it was chosen for the weights that these replace.
-    """
+    """Write model_index.json: diffusers' entries, the labels, and our own under "lamamba"."""
     index = {
         "_class_name": "DiTPipeline",
         "_diffusers_version": "0.36.0",
@@ -364,10 +391,6 @@ def write_model_index(
         _LAMAMBA_KEY: {"name": name, "guidance_scale": guidance_scale, "gpu_dtype": gpu_dtype},
     }
     write_json(folder / "model_index.json", index)
-    guidance_network = folder / _GUIDANCE_NETWORK_DIR
-    if guidance_network.is_dir():
-        shutil.rmtree(guidance_network)
-        logger.warning("%s: removed, it guided the weights that were here before", guidance_network)
 
 
 def _checked_id2label(path: Path, id2label: object) -> dict[str, str] | None:

@@ -22,6 +22,7 @@ from model.training.averages import track_name
 from model.training.config import PLACES, TrainConfig
 from model.training.snapshots import average_of_length
 from model.training.states import SavedState, load_tensors, read_state, state_folders, state_path
+from model.whole_file import whole_file
 
 __all__ = ["export_run", "read_metrics"]
 
@@ -46,8 +47,9 @@ def export_run(
             snapshots make up.
         metrics: figures for the model card.
 
-    Raises ValueError where the run has no such state.
+    Raises ValueError where the run has no such state, or where `target` is not to be written over.
     """
+    _require_own(target)
     of_a_state = images_seen is None or state_path(output_dir / "states", images_seen).is_dir()
     state = _find_state(output_dir, images_seen if of_a_state or sigma_rel is None else None)
     config = TrainConfig.from_dict(state.facts["run"]["config"])
@@ -83,9 +85,24 @@ def export_run(
     parameters = sum(parameter.numel() for parameter in network.parameters())
     kind = f"{type(network).__name__}, {parameters / 1e6:.2f} M parameters"
     card = model_card(config, state, described, images_seen=taken, network=kind, metrics=metrics)
-    (target / "README.md").write_text(card, encoding="utf-8")
+    with whole_file(target / "README.md") as file:
+        file.write_text(card, encoding="utf-8")
     logger.info("exported %s after %d images", target, taken)
     return taken
+
+
+def _require_own(target: Path) -> None:
+    """Refuse a file, and a folder with other things than a model, whose README.md would be lost."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"target: {target} given, which is a file; a folder is accepted")
+    others = [path.name for path in target.iterdir() if not path.name.startswith(".")]
+    if others and "model_index.json" not in others:
+        raise ValueError(
+            f"target: {target} holds {min(others)} and no model; a new folder, an empty one or a model's is "
+            "accepted"
+        )
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

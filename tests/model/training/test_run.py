@@ -294,6 +294,15 @@ def test_export_writes_any_kept_state_and_any_length(
         exported(weights="best")
     with pytest.raises(ValueError, match=r"run: .* given; a run's folder with saved states is accepted"):
         export_run(tmp_path, tmp_path / "model")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "README.md").write_text("mine")
+    for target, message in (
+        (other, r"target: .*other holds README\.md and no model; a new folder"),
+        (other / "README.md", r"target: .*README\.md given, which is a file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_run(run, target)
 
 
 @pytest.mark.parametrize(
