@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 
 from model.autoencoder import Autoencoder
+from model.config_fields import require_integer
 
 __all__ = ["AutoencoderTrainingConfig", "build_autoencoder", "parse_settings"]
 
@@ -76,6 +77,12 @@ class AutoencoderTrainingConfig:
     statistics_views: int = 4096
 
     def __post_init__(self) -> None:
+        for name in ("layers_per_block", "latent_channels", "norm_num_groups", "log_steps"):
+            require_integer(name, getattr(self, name), 1)
+        for name in ("evaluation_views", "statistics_views"):  # which come after all training
+            require_integer(name, getattr(self, name), 1)
+        if self.max_images is not None:
+            require_integer("max_images", self.max_images, 1)
         factor = 2 ** (len(self.block_out_channels) - 1)
         for name, value in (("crop", self.crop), *(("sizes", size) for size in self.sizes)):
             if value < factor or value % factor:
@@ -98,7 +105,7 @@ class AutoencoderTrainingConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: {self.ema_decay} given; accepted is 0 or more and less than 1")
-        for name in ("max_seconds", "learning_rate", "max_grad_norm", "log_steps", "outlier_sigmas"):
+        for name in ("max_seconds", "learning_rate", "max_grad_norm", "outlier_sigmas"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; accepted is more than 0")
         for name in (

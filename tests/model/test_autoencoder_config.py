@@ -35,6 +35,8 @@ def test_default_architecture_is_small_enough_to_ship() -> None:
         ({"block_out_channels": (4, 6, 8, 8)}, "block_out_channels: .* multiples of norm_num_groups, 4"),
         ({"ema_decay": 1.0}, "ema_decay: 1.0 given"),
         ({"max_seconds": 0.0}, "max_seconds: 0.0 given; accepted is more than 0"),
+        ({"max_images": -1}, "max_images: -1 given; an integer of at least 1 is accepted"),
+        ({"evaluation_views": 0}, "evaluation_views: 0 given; an integer of at least 1 is accepted"),
         ({"latent_noise": -0.1}, "latent_noise: -0.1 given; accepted is 0 or more"),
         ({"kl_weight": -1.0}, "kl_weight: -1.0 given; accepted is 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate: nan given"),
