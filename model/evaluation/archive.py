@@ -6,6 +6,7 @@ The archives are numpy's own, uncompressed and without a date, so that equal arr
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -62,7 +63,7 @@ def mapped_array(path: Path, name: str) -> NDArray[Any]:
             shape, fortran_order, dtype = read(file)
             order: Any = "F" if fortran_order else "C"
             return np.memmap(path, dtype, "r", file.tell(), shape, order)
-    except (OSError, ValueError, zipfile.BadZipFile, struct.error) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, struct.error, tokenize.TokenError) as error:
         raise ValueError(f"{path} cannot be read as .npz: {one_line(error)}") from error
 
 

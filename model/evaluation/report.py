@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from model.evaluation.features import FeatureExtractor
+from model.evaluation.manifold import NEIGHBOUR
 from model.evaluation.measure import Measured, metrics
 from model.evaluation.ranks import Ranks
 from model.evaluation.sources import ImageSet, NpzImages
@@ -126,15 +127,24 @@ def file_source(samples: NpzImages) -> dict[str, Any]:
 def require_enough_images(
     extractors: Sequence[FeatureExtractor], num: int, reference: ImageSet, *, field: str = "num"
 ) -> None:
-    """ValueError for an FID of fewer images than it has features; a warning for other distances of so few.
+    """ValueError for an FID of fewer images than it has features, for fewer than precision and recall need,
+    and for published statistics of other features; a warning for other distances of so few.
 
     The covariance of fewer vectors than features is singular, and the distance far too large.
     """
-    published = isinstance(reference, NpzImages) and reference.published_statistics() is not None
+    for side, count in {field: num, "reference": reference.num}.items():
+        if count <= NEIGHBOUR:
+            raise ValueError(f"{side}: {count} images given; at least {NEIGHBOUR + 1} are accepted")
+    published = reference.published_statistics() if isinstance(reference, NpzImages) else None
     for extractor in extractors:
         sides = {field: num}
-        if not (extractor.defines_fid and published):
+        if published is None or not extractor.defines_fid:
             sides["reference"] = reference.num
+        elif len(published[0].mean) != extractor.num_features:
+            raise ValueError(
+                f"reference: {reference.description['name']} has statistics of {len(published[0].mean)} "
+                f"features; those of {extractor.name}, {extractor.num_features}, are accepted"
+            )
         for side, count in sides.items():
             if count >= extractor.num_features:
                 continue

@@ -127,14 +127,18 @@ class NpzImages:
         except KeyError as error:
             raise ValueError(f"{path} has no arr_0; an .npz with images in it is accepted") from error
         shape = self._pixels.shape
-        if self._pixels.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
+        is_square = len(shape) == 4 and shape[3] == 3 and shape[1] == shape[2]
+        if self._pixels.dtype != np.uint8 or not is_square or 0 in shape:
             raise ValueError(
                 f"{path}: arr_0 is {self._pixels.dtype} {shape}; uint8 (n, size, size, 3) is accepted"
             )
         self._labels = self._optional("arr_1")
-        if self._labels is not None and self._labels.shape != shape[:1]:
+        if self._labels is not None and (
+            self._labels.shape != shape[:1] or self._labels.dtype.kind not in "iu"
+        ):
             raise ValueError(
-                f"{path}: arr_1 is {self._labels.shape} for {shape[0]} images; a label each is accepted"
+                f"{path}: arr_1 is {self._labels.dtype} {self._labels.shape} for {shape[0]} images; a "
+                "class's number each is accepted"
             )
 
     @property
@@ -156,14 +160,28 @@ class NpzImages:
             yield torch.from_numpy(self._pixels[images].copy()), torch.from_numpy(labels.astype(np.int64))
 
     def published_statistics(self) -> tuple[FeatureStatistics, FeatureStatistics] | None:
-        """Of Inception's pooled and spatial features, if the file has them."""
-        arrays = [self._optional(name) for name in ("mu", "sigma", "mu_s", "sigma_s")]
-        if any(array is None for array in arrays):
+        """Of Inception's pooled and spatial features, if the file has them.
+
+        ValueError where they are no means and covariances.
+        """
+        pooled, spatial = self._statistics("mu", "sigma"), self._statistics("mu_s", "sigma_s")
+        return None if pooled is None or spatial is None else (pooled, spatial)
+
+    def _statistics(self, mean_name: str, covariance_name: str) -> FeatureStatistics | None:
+        mean, covariance = self._optional(mean_name), self._optional(covariance_name)
+        if mean is None or covariance is None:
             return None
-        mean, covariance, mean_s, covariance_s = (torch.from_numpy(np.array(a, np.float64)) for a in arrays)
-        return (
-            FeatureStatistics(mean=mean, covariance=covariance, count=None),
-            FeatureStatistics(mean=mean_s, covariance=covariance_s, count=None),
+        is_real = mean.dtype.kind == covariance.dtype.kind == "f"
+        fits = mean.ndim == 1 and covariance.shape == mean.shape * 2
+        if not is_real or not fits or not np.isfinite(mean).all() or not np.isfinite(covariance).all():
+            raise ValueError(
+                f"{self.path}: {mean_name} is {mean.dtype} {mean.shape}, {covariance_name} "
+                f"{covariance.dtype} {covariance.shape}; finite numbers (d,) and (d, d) are accepted"
+            )
+        return FeatureStatistics(
+            mean=torch.from_numpy(np.array(mean, np.float64)),
+            covariance=torch.from_numpy(np.array(covariance, np.float64)),
+            count=None,
         )
 
     def _optional(self, name: str) -> NDArray[Any] | None:

@@ -206,6 +206,30 @@ def test_evaluation_against_a_file_measures_what_adm_measures(
     assert again["metrics"][0]["weights"] == pipeline.weights_hash
 
 
+@pytest.mark.parametrize(
+    ("images", "features", "message"),
+    [
+        (3, 3, "reference: 3 images given; at least 4 are accepted"),
+        (12, 5, r"reference: reference\.npz has statistics of 5 features; those of Inception-v3, 3, are acc"),
+    ],
+)
+def test_a_reference_that_no_metric_can_use_is_refused_before_the_images_are_made(
+    pipeline: LaMambaPipeline, tmp_path: Path, images: int, features: int, message: str
+) -> None:
+    statistics = {"mu": np.zeros(features), "sigma": np.eye(features), "mu_s": np.zeros(4)}
+    statistics |= {"sigma_s": np.eye(4)}
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, arr_0=np.zeros((images, 16, 16, 3), np.uint8), **statistics)
+    with pytest.raises(ValueError, match=message):
+        Evaluation(
+            pipeline,
+            _config(guidance_scales=(1.0,)),
+            extractors=[TinyInception()],
+            output_dir=tmp_path / "out",
+            reference=NpzImages(reference),
+        )
+
+
 def test_fid_of_fewer_images_than_features_is_refused(pipeline: LaMambaPipeline, tmp_path: Path) -> None:
     reference = tmp_path / "reference.npz"
     np.savez(reference, arr_0=np.zeros((12, 16, 16, 3), np.uint8))

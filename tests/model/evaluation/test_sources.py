@@ -59,13 +59,22 @@ def test_archives_are_numpys_and_the_same_each_time(tmp_path: Path) -> None:
     assert not (tmp_path / "three").exists()
 
 
+IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"images": np.zeros(3)}, "has no arr_0"),
         ({"arr_0": np.zeros((2, 4, 4, 3))}, r"arr_0 is float64 \(2, 4, 4, 3\); uint8"),
         ({"arr_0": np.zeros((2, 4, 5, 3), np.uint8)}, r"arr_0 is uint8 \(2, 4, 5, 3\); uint8"),
-        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(3)}, r"arr_1 is \(3,\) for 2 images"),
+        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"arr_0 is uint8 \(0, 4, 4, 3\); uint8"),
+        (
+            {"arr_0": IMAGES, "arr_1": np.zeros(3, int)},
+            r"arr_1 is int64 \(3,\) for 2 images; a class's number",
+        ),
+        ({"arr_0": IMAGES, "arr_1": np.full(2, np.nan)}, r"arr_1 is float64 \(2,\) for 2 images; a class's"),
+        ({"arr_0": IMAGES, "arr_1": np.array(["a", "b"])}, r"arr_1 is <U1 \(2,\) for 2 images; a class's"),
     ],
 )
 def test_npz_images_name_what_is_wrong(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
@@ -74,8 +83,29 @@ def test_npz_images_name_what_is_wrong(arrays: dict[str, np.ndarray], message: s
         NpzImages(tmp_path / "images.npz")
 
 
-def test_a_file_that_is_no_archive_is_named(tmp_path: Path) -> None:
-    (tmp_path / "images.npz").write_bytes(b"nothing")
+@pytest.mark.parametrize(
+    ("mean", "covariance"),
+    [(np.zeros(3), np.eye(4)), (np.array([np.nan]), np.eye(1)), (np.array(["a"]), np.eye(1))],
+    ids=["shape", "nan", "text"],
+)
+def test_published_statistics_that_are_none_are_refused(
+    mean: np.ndarray, covariance: np.ndarray, tmp_path: Path
+) -> None:
+    statistics = {"mu": mean, "sigma": covariance, "mu_s": np.zeros(4), "sigma_s": np.eye(4)}
+    np.savez(tmp_path / "images.npz", arr_0=IMAGES, **statistics)
+    with pytest.raises(ValueError, match=r"images\.npz: mu is .*; finite numbers \(d,\) and \(d, d\) are"):
+        NpzImages(tmp_path / "images.npz").published_statistics()
+
+
+@pytest.mark.parametrize("damage", ["no archive", "header"])
+def test_a_file_that_is_no_archive_is_named(tmp_path: Path, damage: str) -> None:
+    np.savez(tmp_path / "images.npz", arr_0=IMAGES)
+    content = (
+        (tmp_path / "images.npz")
+        .read_bytes()
+        .replace(b"'shape': (2, 4, 4, 3), }", b"'shape': (2, 4, 4, 3   ")
+    )
+    (tmp_path / "images.npz").write_bytes(b"nothing" if damage == "no archive" else content)
     with pytest.raises(ValueError, match=r"images\.npz cannot be read as \.npz"):
         NpzImages(tmp_path / "images.npz")
 
