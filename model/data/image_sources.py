@@ -32,6 +32,7 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 )
 _LABEL_KEYS = ("label", "cls")  # of a sample's .json
+_MAX_CLASSES = 2**20  # as many names as the greatest number says: a stray one would fill the memory
 _SHOWN = 3  # examples in a message
 
 
@@ -128,7 +129,8 @@ class TarShards:
         self.labels = _numbered_labels(int(self.class_ids.max()) + 1, labels)
         digest = hashlib.sha256(json.dumps([self.kind, self.labels]).encode())
         for index, (_, member) in enumerate(self._members):
-            digest.update(f"{self.name(index)}\0{member.num_bytes}\0{member.class_id}\n".encode())
+            line = f"{self.name(index)}\0{member.num_bytes}\0{member.class_id}\n"
+            digest.update(line.encode(errors="surrogateescape"))
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -230,10 +232,12 @@ def _label_of(content: bytes, suffix: str, where: str) -> int | None:
             if not found:
                 return None
             value = found[0]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"source: {where} is no label ({one_line(error)})") from error
-    if type(value) is not int or value < 0:
-        raise ValueError(f"source: {where} says {value!r}; a class's number from 0 on is accepted")
+    if type(value) is not int or not 0 <= value < _MAX_CLASSES:
+        raise ValueError(
+            f"source: {where} says {value!r}; a class's number from 0 to {_MAX_CLASSES - 1} is accepted"
+        )
     return value
 
 

@@ -301,7 +301,7 @@ class _Run:
         """Report what could not be read; ValueError where it is too much so far."""
         if not batch.bad_images:
             return
-        with (self.folder / BAD_IMAGES_FILE).open("a", encoding="utf-8") as file:
+        with (self.folder / BAD_IMAGES_FILE).open("ab") as file:
             file.write(_report(batch.bad_images))
         self._check_bad_share(shard.bad_images)
 
@@ -351,9 +351,9 @@ def _write_report(folder: Path, bad_images: Sequence[tuple[str, str]]) -> None:
         path.unlink(missing_ok=True)
         return
     with whole_file(path) as temporary:
-        temporary.write_text(_report(bad_images), encoding="utf-8")
+        temporary.write_bytes(_report(bad_images))
 
 
-def _report(bad_images: Sequence[tuple[str, str]]) -> str:
-    """A line for each: its name, a tab, the reason."""
-    return "".join(f"{name}\t{reason}\n" for name, reason in bad_images)
+def _report(bad_images: Sequence[tuple[str, str]]) -> bytes:
+    """A line for each: its name, which need not be UTF-8, a tab, the reason."""
+    return "".join(f"{name}\t{reason}\n" for name, reason in bad_images).encode(errors="surrogateescape")

@@ -211,7 +211,8 @@ class FolderImages:
         """The hash is of the files' names and sizes."""
         digest = hashlib.sha256()
         for path in self._paths:
-            digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}\n".encode())
+            line = f"{path.relative_to(self.folder)} {path.stat().st_size}\n"
+            digest.update(line.encode(errors="surrogateescape"))  # names need not be UTF-8
         return {
             "name": self.folder.name,
             "hash": digest.hexdigest()[:HASH_DIGITS],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -123,12 +124,25 @@ def test_folders_that_are_no_source_are_refused(tmp_path: Path) -> None:
         ([("0.jpg", jpeg(0)), ("0.json", b'{"caption": "x"}')], "0.jpg has no label"),
         ([("0.jpg", jpeg(0)), ("0.cls", b"cat")], "0.cls is no label"),
         ([("0.jpg", jpeg(0)), ("0.json", b'{"label": "cat"}')], "0.json says 'cat'; a class's number"),
+        ([("0.jpg", jpeg(0)), ("0.json", b"[" * 50_000)], "0.json is no label"),
         ([("0.jpg", jpeg(0)), ("0.cls", b"-1")], "0.cls says -1"),
+        (labelled("0", jpeg(0), 2**40), f"0.cls says {2**40}; a class's number from 0 to 1048575 is"),
         ([("0.jpg", jpeg(0)), ("0.png", jpeg(0)), ("0.cls", b"1")], "0.png is a second image beside 0.jpg"),
         ([("0.cls", b"1")], "no images in 1 tar files"),
         (labelled("0", jpeg(0), 3), "labels: 3 given; the source has an image of class 3"),
     ],
-    ids=["none", "other-json", "text", "json-text", "negative", "second", "no-image", "beyond-names"],
+    ids=[
+        "none",
+        "other-json",
+        "text",
+        "json-text",
+        "deep",
+        "negative",
+        "stray",
+        "second",
+        "no-image",
+        "beyond-names",
+    ],
 )
 def test_tar_shards_that_do_not_fit_are_refused(
     tmp_path: Path, members: list[tuple[str, bytes]], message: str
@@ -137,6 +151,16 @@ def test_tar_shards_that_do_not_fit_are_refused(
     (tmp_path / "labels").write_text("x\ny\nz\n")
     with pytest.raises(ValueError, match=message):
         open_image_source(path, str(tmp_path / "labels"))
+
+
+def test_names_need_not_be_utf_8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff")
+    save_tar(tmp_path / "a.tar", labelled(name, jpeg(0), 0))
+    root = save_image_folder(tmp_path / "train", 1)
+    (root / SYNSETS[0] / f"{name}.jpg").write_bytes(jpeg(0))
+    for source in (open_image_source(tmp_path / "a.tar"), open_image_source(root)):
+        assert any(source.name(index).endswith(f"{name}.jpg") for index in range(len(source)))
+        assert len(source.digest) == 64
 
 
 def test_a_damaged_tar_is_refused(tmp_path: Path) -> None:

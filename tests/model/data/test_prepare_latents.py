@@ -157,14 +157,14 @@ def test_sigterm_stops_between_batches(
 def test_bad_images_are_left_out_and_listed(tmp_path: Path, autoencoder: str) -> None:
     root = save_image_folder(tmp_path / "train")
     prepare(root, tmp_path / "clean", autoencoder, batch_size=1, shard_images=100)
-    (root / SYNSETS[0] / "aaa.jpg").write_bytes(b"")
+    (root / SYNSETS[0] / os.fsdecode(b"aaa\xff.jpg")).write_bytes(b"")  # a name that is not UTF-8
     (root / SYNSETS[2] / "zzz.png").write_bytes(b"<html>")
     (root / SYNSETS[2] / "gone.png").symlink_to(tmp_path / "nowhere")
     # A batch of one image each, as above: sums in batches of other sizes differ in their last bits.
     prepare(root, tmp_path / "out", autoencoder, batch_size=1, max_bad_share=0.2)
-    report = (tmp_path / "out" / BAD_IMAGES_FILE).read_text().splitlines()
+    report = os.fsdecode((tmp_path / "out" / BAD_IMAGES_FILE).read_bytes()).splitlines()
     assert [line.split("\t")[0] for line in report] == [
-        f"{SYNSETS[0]}/aaa.jpg",
+        os.fsdecode(SYNSETS[0].encode() + b"/aaa\xff.jpg"),
         f"{SYNSETS[2]}/gone.png",
         f"{SYNSETS[2]}/zzz.png",
     ]
