@@ -9,15 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from model.messages import one_line
+
 __all__ = ["whole_file", "write_json"]
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: renamed to it once on the disk, removed if the block raises."""
+    """A path beside `path` to write to: renamed to it once on the disk, removed if the block raises.
+
+    What safetensors raises of a full disk becomes an OSError.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
+        try:
+            yield temporary
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written ({one_line(error)})") from error
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

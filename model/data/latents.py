@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.autoencoder import Autoencoder
 from model.data.places import Places
+from model.messages import one_line
 from model.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,12 @@ def places_latents(
     device = places.device
     if path.is_file():
         logger.info("latents: reading %s", path)
-        tensors = load_file(path, device=str(device))
+        try:
+            tensors = load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise ValueError(
+                f"latents: {path} is damaged ({one_line(error)}); without it the views are encoded again"
+            ) from error
         return LatentCache(tensors["moments"], tensors["labels"], autoencoder)
 
     moments, labels = [], []

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.messages import one_line
 from model.training.averages import snapshot_weights, track_name
 from model.whole_file import whole_file
 
@@ -56,8 +57,7 @@ def average_of_length(
     taken: list[tuple[int, float]] = []
     for images, path in sorted(files.items()):
         if images <= time:
-            with safe_open(path, framework="pt") as file:
-                taken += [(images, float(sigma)) for sigma in file.metadata()[_TRACKS].split()]
+            taken += [(images, sigma) for sigma in _tracks(path)]
     weights = snapshot_weights(taken, time=time, sigma_rel=sigma_rel)
     average: dict[str, Tensor] = {}
     for (images, sigma), weight in zip(taken, weights.tolist(), strict=True):
@@ -68,6 +68,16 @@ def average_of_length(
                 part = file.get_tensor(key).float() * weight
                 average[name] = average[name] + part if name in average else part
     return average, time
+
+
+def _tracks(path: Path) -> list[float]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [float(sigma) for sigma in file.metadata()[_TRACKS].split()]
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"sigma_rel: {path} cannot be read ({one_line(error)}); without that file the others are taken"
+        ) from error
 
 
 def _files(folder: Path) -> dict[int, Path]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from model.whole_file import whole_file, write_json
 
@@ -17,14 +18,17 @@ def test_whole_file_replaces_the_old_content_at_the_end(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_whole_file_leaves_the_old_content_and_nothing_else_after_a_failure(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_whole_file_leaves_the_old_content_and_nothing_else_after_a_failure(
+    tmp_path: Path, kind: type[Exception]
+) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
 
     def write_half() -> None:
         with whole_file(path) as temporary:
             temporary.write_text("ne")
-            raise OSError("no space left on device")
+            raise kind("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
         write_half()

@@ -84,3 +84,14 @@ def test_average_of_length_says_which_snapshots_it_needs(tmp_path: Path) -> None
         ValueError, match=r"sigma_rel: .* has no snapshot of 512 images; a run with ema_tracks"
     ):
         average_of_length(tmp_path, 0.1, images_seen=512)
+
+
+def test_average_of_length_names_a_damaged_snapshot(tmp_path: Path) -> None:
+    for images in (256, 512):
+        write_snapshot(tmp_path, images, {0.1: {"w": torch.zeros(3)}})
+    damaged = tmp_path / "averages-000000000256.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"sigma_rel: .*averages-000000000256\.safetensors cannot be read"):
+        average_of_length(tmp_path, 0.1)
+    damaged.unlink()
+    assert average_of_length(tmp_path, 0.1)[1] == 512
