@@ -41,8 +41,8 @@ def in_buckets(items: Sequence[Item], numel: Callable[[Item], int]) -> list[list
 
 
 class GradientBuckets:
-    """Parameters in buckets, the last ones first, as the backward pass comes to them: `gather` their
-    gradients, `sum_over_ranks`, and `scatter` them back.
+    """Parameters in buckets, the last ones first, as the backward pass comes to them: `clear` before it,
+    `gather` their gradients, `sum_over_ranks`, and `scatter` them back.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, passes: int) -> None:
@@ -72,14 +72,18 @@ class GradientBuckets:
         if self._made:
             self._made[number].record()
 
+    def clear(self) -> None:
+        """Forget what a backward pass that failed has left, which would count as this one's."""
+        self._flat.clear()
+        self._arrived.clear()
+
     def gather(self) -> list[Tensor]:
         """The gradients as one tensor a bucket; the parameters' own are freed."""
         for number in range(len(self._buckets)):
             if number not in self._flat:  # a parameter of it had no part in the loss
                 self._make(number)
         flat = [self._flat[number] for number in range(len(self._buckets))]
-        self._flat.clear()
-        self._arrived.clear()
+        self.clear()
         return flat
 
     def sum_over_ranks(self, flat: Sequence[Tensor]) -> None:

@@ -152,7 +152,13 @@ class Trainer:
         return losses
 
     def _backward(self) -> Losses:
-        """Gradients of the mean loss over the batch, and this rank's mean losses."""
+        """Gradients of the mean loss over the batch, and this rank's mean losses.
+
+        Those of a step that failed midway, e.g. for memory, are not counted again.
+        """
+        self.network.module.zero_grad(set_to_none=True)
+        if self._buckets is not None:
+            self._buckets.clear()
         # ddp sums the ranks' gradients, fsdp averages them.
         denominator = self.config.batch_size if self._buckets is not None else self._rows
         totals = torch.zeros(len(Losses._fields), device=self.device)

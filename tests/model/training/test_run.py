@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKL
 
 from model.autoencoder import Autoencoder
@@ -401,6 +402,32 @@ def test_trainer_goes_on_from_a_state_dict(make_config: Callable[..., TrainConfi
     assert torch.equal(_steps(second, 3), losses[2:])
     for a, b in zip(straight.optimizer.state(), second.optimizer.state(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("parallel", ["none", "ddp"])
+def test_a_step_that_failed_is_not_counted_when_it_is_taken_again(
+    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, parallel: str
+) -> None:
+    """As one that was out of memory, midway through its micro-batches."""
+    monkeypatch.setattr("model.training.gradients._BUCKET_NUMBERS", 5000)
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: SimpleNamespace(wait=lambda: None))
+    config = make_config("again", micro_batch_size=2)
+    world = World(device=torch.device("cpu"), parallel=parallel)
+    expected = _steps(_trainer(config, "cpu", world), 3)
+    trainer = _trainer(config, "cpu", world)
+    losses = Trainer._losses
+
+    def out_of_memory(self: Trainer, part: slice) -> Losses:
+        if self.step == 1 and part.start == 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return losses(self, part)
+
+    _steps(trainer, 1)
+    with monkeypatch.context() as context:
+        context.setattr(Trainer, "_losses", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            _steps(trainer, 1)
+    assert torch.equal(_steps(trainer, 2), expected[1:])
 
 
 @pytest.mark.gpu
