@@ -70,6 +70,7 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
     deadline = time.monotonic() + config.stop_after_s
     config.rank_batch_size(launched_world_size())
     _require_installed(config)
+    _require_useful_tracks(config)
     with StopRequest(at_once=True) as stop, warnings.catch_warnings():
         # What torch.distributed.checkpoint says of a run of one process, which is one on purpose.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -335,6 +336,25 @@ def _require_same_run(config: TrainConfig, facts: dict[str, Any], saved: dict[st
 def _require_installed(config: TrainConfig) -> None:
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb: not installed; pip install 'lamamba[wandb]', or leave the field out")
+
+
+def _require_useful_tracks(config: TrainConfig) -> None:
+    """ValueError for tracks that would still be the first weights where they are read, and for snapshots of
+    none.
+    """
+    if config.snapshot_every and not config.ema_tracks:
+        raise ValueError(
+            f"snapshot_every: {config.snapshot_every} given without ema_tracks, of which snapshots are; 0 is "
+            "accepted, or with a list of ema_tracks"
+        )
+    first = config.ema_track_interval * config.batch_size
+    for name in ("num_images", "snapshot_every"):
+        images = getattr(config, name)
+        if config.ema_tracks and 0 < images < first:
+            raise ValueError(
+                f"{name}: {images} given; with ema_tracks at least {first}, the images of their first update "
+                "(ema_track_interval steps), is accepted"
+            )
 
 
 def _require_room(config: TrainConfig, architecture: Architecture, world: World, states: StateFolder) -> None:

@@ -107,7 +107,9 @@ def test_a_resumed_run_is_bitwise_the_straight_run(make_config: Callable[..., Tr
 
 
 def test_the_deadline_and_states_do_not_wait_for_a_log_line(make_config: Callable[..., TrainConfig]) -> None:
-    config = make_config("slow", log_every=1000, keep_states=9, snapshot_every=8, ema_tracks=[0.1])
+    config = make_config(
+        "slow", log_every=1000, keep_states=9, snapshot_every=8, ema_tracks=[0.1], ema_track_interval=1
+    )
     run = Path(config.output_dir)
     assert train(dataclasses.replace(config, stop_after_s=1e-9), device="cpu") is None
     assert [path.name for path in (run / "states").glob("state-*")] == ["state-000000000008"]
@@ -117,7 +119,9 @@ def test_the_deadline_and_states_do_not_wait_for_a_log_line(make_config: Callabl
 
 
 def test_a_resumed_run_takes_back_snapshots_that_come_again(make_config: Callable[..., TrainConfig]) -> None:
-    config = make_config("back", num_images=24, snapshot_every=8, ema_tracks=[0.1], state_every_s=1e-9)
+    config = make_config(
+        "back", num_images=24, snapshot_every=8, ema_tracks=[0.1], ema_track_interval=1, state_every_s=1e-9
+    )
     train(config, device="cpu")
     run = Path(config.output_dir)
     shutil.rmtree(run / "states" / "state-000000000024")
@@ -312,6 +316,15 @@ def test_export_writes_any_kept_state_and_any_length(
         ({"parallel": "ddp"}, "parallel: 'ddp' given without torchrun"),
         ({"micro_batch_size": 3}, "micro_batch_size: 3 given; a divisor of 8"),
         ({"data": "absent"}, "latents: absent has no index.json"),
+        ({"snapshot_every": 64}, "snapshot_every: 64 given without ema_tracks, of which snapshots are"),
+        (
+            {"ema_tracks": [0.1], "num_images": 63},
+            "num_images: 63 given; with ema_tracks at least 64, the im",
+        ),
+        (
+            {"ema_tracks": [0.1], "num_images": 640, "snapshot_every": 8},
+            "snapshot_every: 8 given; with ema_tracks at least 64, the images of their first update",
+        ),
         ({"wandb": "project"}, r"wandb: not installed; pip install 'lamamba\[wandb\]'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
