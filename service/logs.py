@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
+import re
 import sys
 import time
 from typing import TextIO
@@ -24,6 +25,7 @@ _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
     "request_id",
     "color_message",
 }
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _PLAIN_FORMAT = "%(asctime)s %(levelname)-7s %(name)s [%(request_id)s] %(message)s"
 
 
@@ -34,6 +36,13 @@ class RequestIdFilter(logging.Filter):
         if not hasattr(record, "request_id"):
             record.request_id = request_id_variable.get()
         return True
+
+
+class PlainFormatter(logging.Formatter):
+    """One line a record, and a trace's after it: what a client sent, such as a path, begins no other."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], super().formatMessage(record))
 
 
 class JsonFormatter(logging.Formatter):
@@ -61,7 +70,7 @@ def configure_logging(level: str, *, as_json: bool, stream: TextIO | None = None
     """
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.addFilter(RequestIdFilter())
-    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(_PLAIN_FORMAT))
+    handler.setFormatter(JsonFormatter() if as_json else PlainFormatter(_PLAIN_FORMAT))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

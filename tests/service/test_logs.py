@@ -48,6 +48,14 @@ def test_an_explicit_request_id_wins_and_plain_records_show_it() -> None:
     assert "[r-7] shown" in stream.getvalue()
 
 
+def test_what_a_client_sent_begins_no_line_of_plain_records() -> None:
+    stream = io.StringIO()
+    configure_logging("info", as_json=False, stream=stream)
+    logging.getLogger("service.test").info("GET %s", "/é\n2026 CRITICAL forged\r\x1b[31m\x85\u2028")
+    assert stream.getvalue().endswith(r"GET /é\n2026 CRITICAL forged\r\x1b[31m\x85\u2028" + "\n")
+    assert len(stream.getvalue().splitlines()) == 1
+
+
 def test_records_of_libraries_with_handlers_of_their_own_join_the_others() -> None:
     stream, own = io.StringIO(), io.StringIO()
     configure_logging("info", as_json=True, stream=stream)
