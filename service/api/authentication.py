@@ -108,4 +108,6 @@ def _address(scope: Scope) -> str:
         return str(host)
     if address.version == 4:
         return str(address)
+    if address.ipv4_mapped is not None:  # as a socket for both versions has it, in a /64 of all of IPv4
+        return str(address.ipv4_mapped)
     return str(ipaddress.ip_network((address, 64), strict=False))

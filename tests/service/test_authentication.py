@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from service.api.authentication import Client
+from service.api.deps import ClientIdentity
 from service.api_keys import KeyRing, key_hash, new_key, parse_key_hashes
 from service.app import create_app
 from service.cli import app as command
@@ -171,6 +172,28 @@ def test_api_key_command_prints_a_key_and_the_line_that_accepts_it() -> None:
     key, entry = (line.split()[1] for line in result.output.splitlines())
     assert KeyRing(parse_key_hashes([entry])).name_of(key) == "alice"
     assert CliRunner().invoke(command, ["api-key", "a:b"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        pytest.param("192.0.2.7", "192.0.2.7", id="ipv4"),
+        pytest.param("::ffff:192.0.2.7", "192.0.2.7", id="ipv4-of-a-socket-for-both"),
+        pytest.param("2001:db8::1:2:3:4", "2001:db8::/64", id="ipv6"),
+        pytest.param("a-name", "a-name", id="name"),
+    ],
+)
+def test_a_client_is_an_ipv4_address_or_an_ipv6_network(host: str, address: str) -> None:
+    app = create_app(Settings(), (fake_pipeline(),))
+    named: list[str] = []
+
+    @app.get("/who")
+    def who(client: ClientIdentity) -> None:
+        named.append(client)
+
+    with TestClient(app, client=(host, 1)) as client:
+        assert client.get("/who").status_code == 200
+    assert named == [f"address:{address}"]
 
 
 def test_a_client_without_a_key_goes_by_address_and_no_name_passes_for_one() -> None:
