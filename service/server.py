@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from model.messages import one_line
 from service.app import create_app
 from service.errors import StartupError
 from service.runtime import RuntimeState
@@ -83,17 +84,19 @@ class DrainingServer(uvicorn.Server):
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to the address. Raises StartupError with the reason where that is not possible."""
+    """A socket that listens at the address. Raises StartupError with the reason where there is none."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         bound = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise StartupError(f"host: {host} given; it has no address ({error.strerror})") from error
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name of the domain name system
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise StartupError(f"host: {host} given; it has no address ({reason})") from error
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)
+        bound.listen()  # uvicorn would a little later, and until then another server can have the address too
     except OSError as error:
         bound.close()
         raise StartupError(f"port: cannot listen on {host}:{port} ({error.strerror})") from error

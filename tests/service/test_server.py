@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import re
 import signal
 import socket
 import threading
@@ -286,6 +287,17 @@ def test_a_taken_port_is_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=rf"port: cannot listen on 127.0.0.1:{port} \(Address already"):
             bind_socket("127.0.0.1", port)
+
+
+def test_of_two_servers_that_start_at_once_one_gets_the_port() -> None:
+    with bind_socket("127.0.0.1", 0) as first, pytest.raises(StartupError, match="Address already in use"):
+        bind_socket("127.0.0.1", first.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", [".", "a" * 64], ids=["empty-label", "long-label"])
+def test_a_host_that_cannot_be_a_name_is_one_line(host: str) -> None:
+    with pytest.raises(StartupError, match=rf"^host: {re.escape(host)} given; it has no address \(.*\)$"):
+        bind_socket(host, 0)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
