@@ -39,7 +39,10 @@ _logger = logging.getLogger(__name__)
 
 
 class DecoderListener(Protocol):
-    """Who hears of each image; called in the decoder's thread, exactly once an image."""
+    """Who hears of each image; called in the decoder's thread."""
+
+    def backlog_shrunk(self) -> None:
+        """An image has left the backlog: made, failed, or given up before."""
 
     def image_decoded(self, job: ImageJob, pixels: NDArray[np.uint8]) -> None:
         """The image is made: pixels (height, width, 3)."""
@@ -174,6 +177,7 @@ class Decoder:
     def _settle(self) -> None:
         with self._lock:
             self._backlog -= 1
+        self._listener.backlog_shrunk()
 
     def _own_stream(self, items: Sequence[_Item]) -> AbstractContextManager[object]:
         events = [item.ready for item in items if item.ready is not None]

@@ -515,6 +515,10 @@ class Engine:
 
     # --- the decoder's thread: DecoderListener ---
 
+    def backlog_shrunk(self) -> None:
+        """Wake the engine, which may wait for the decoder to catch up."""
+        self._inbox.put(_nothing)
+
     def image_decoded(self, job: ImageJob, pixels: NDArray[np.uint8]) -> None:
         """Hand the image to whoever waits for it; the last one of a request closes the request."""
         job.ticket.decoded_at = self._clock()
@@ -525,7 +529,6 @@ class Engine:
                 self._metrics.request_success.labels("stop").inc()
         if job.ticket.done:
             self._close(job.ticket)
-        self._inbox.put(_nothing)  # the engine may wait for the decoder to catch up
 
     def image_failed(self, job: ImageJob, error: Exception) -> None:
         """Answer the request with its failure and give its other images up."""

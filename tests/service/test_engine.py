@@ -142,6 +142,21 @@ def test_engine_a_gpu_has_its_next_step_before_it_is_done_with_one(monkeypatch: 
     engine.stop()
 
 
+def test_engine_is_woken_by_a_backlog_of_images_that_were_given_up(engine_of: EngineFactory) -> None:
+    engine = engine_of(fake_pipeline(), start=False, max_rows=2)
+    unguided = replace(REQUEST, guidance_scale=1.0, num_inference_steps=1)
+    left = engine.submit(replace(unguided, num_images=2))
+    assert engine.step()
+    assert engine._decoder.backlog == 2
+    waiting = engine.submit(unguided)
+    engine.cancel(left)
+    assert not engine.step()  # and sleeps until there is a command
+    engine._decoder._decode_next()
+    assert not engine._inbox.empty()
+    assert engine.step()
+    assert waiting.steps_done == 1
+
+
 def test_engine_previews_are_shown_when_their_step_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch)
     engine = gpu.engine(fake_pipeline())
