@@ -134,6 +134,32 @@ class ServedModel:
             "timeout_s": f"above 0 and up to {self.max_timeout_s:g} seconds",
         }
 
+    def has_label(self, text: str) -> bool:
+        """Whether that is the label of a class, which `class_label` then finds without a search."""
+        wanted = text.strip().casefold()
+        return any(label.casefold() == wanted for label in self.pipeline.labels)
+
+    def class_label(self, class_id: int | str | None) -> int:
+        """The class that a request means.
+
+        Raises InvalidField; for a text that is no label with those near it, whose search among a thousand
+        takes up to 0.1 s.
+        """
+        accepted = self.accepted()["class_id"]
+        if not self.conditional:
+            if class_id is not None:
+                raise InvalidField("class_id", class_id, accepted)
+            return self.pipeline.null_label
+        if class_id is None:
+            raise InvalidField("class_id", None, accepted)
+        try:
+            return self.pipeline.class_index(class_id)
+        except ValueError as error:
+            _, _, hint = str(error).partition("; the nearest of ")
+            raise InvalidField(
+                "class_id", class_id, f"{accepted}; the nearest of {hint}" if hint else accepted
+            ) from error
+
     def describe(self) -> dict[str, Any]:
         """The model as `/v1/models` lists it: OpenAI's fields, then ours."""
         pipeline = self.pipeline
@@ -258,7 +284,7 @@ class Catalog:
             request_id=request_id,
             model=model.name,
             version=model.version,
-            class_label=_class_label(model, body.class_id),
+            class_label=model.class_label(body.class_id),
             guidance_scale=float(cfg_scale),  # the one place where the public name becomes the mathematics'
             guidance_interval=_guidance_interval(model, body.guidance_interval),
             num_inference_steps=steps,
@@ -270,23 +296,6 @@ class Catalog:
             timeout_s=timeout_s,
             num_previews=body.previews,
         )
-
-
-def _class_label(model: ServedModel, class_id: int | str | None) -> int:
-    accepted = model.accepted()["class_id"]
-    if not model.conditional:
-        if class_id is not None:
-            raise InvalidField("class_id", class_id, accepted)
-        return model.pipeline.null_label
-    if class_id is None:
-        raise InvalidField("class_id", None, accepted)
-    try:
-        return model.pipeline.class_index(class_id)
-    except ValueError as error:
-        _, _, hint = str(error).partition("; the nearest of ")
-        raise InvalidField(
-            "class_id", class_id, f"{accepted}; the nearest of {hint}" if hint else accepted
-        ) from error
 
 
 def _guidance_interval(model: ServedModel, given: Sequence[int] | None) -> tuple[int, int] | None:

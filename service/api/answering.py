@@ -31,7 +31,16 @@ if TYPE_CHECKING:
     from service.runtime import Runtime
     from service.tracing import RequestTrace
 
-__all__ = ["ERROR_STATUSES", "Answer", "accept", "attended", "begin_trace", "refuse_streamed", "respond"]
+__all__ = [
+    "ERROR_STATUSES",
+    "Answer",
+    "accept",
+    "attended",
+    "begin_trace",
+    "refuse_streamed",
+    "refuse_unknown_label",
+    "respond",
+]
 
 _CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's; nobody is left to read it, but the log and the counter say so."""
@@ -77,6 +86,15 @@ def refuse_streamed(key: IdempotencyKey | None) -> None:
             "none with an event stream, which is sent once",
             by="this request",
         )
+
+
+async def refuse_unknown_label(runtime: Runtime, body: GenerateRequest) -> None:
+    """Raise what `accept` would for a text that names no class, whose search for near labels would hold up
+    the event loop.
+    """
+    model = runtime.catalog.select(body.model, body.resolution)
+    if isinstance(body.class_id, str) and not model.has_label(body.class_id):
+        await asyncio.to_thread(model.class_label, body.class_id)
 
 
 async def _departure(receive: Receive) -> None:

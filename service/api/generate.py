@@ -13,7 +13,15 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request, Response
 
 from model.images import MEDIA_TYPES
-from service.api.answering import ERROR_STATUSES, Answer, accept, begin_trace, refuse_streamed, respond
+from service.api.answering import (
+    ERROR_STATUSES,
+    Answer,
+    accept,
+    begin_trace,
+    refuse_streamed,
+    refuse_unknown_label,
+    respond,
+)
 from service.api.deps import ClientIdentity, GivenIdempotencyKey, ReadyRuntime, RequestId
 from service.api.events import (
     EventStream,
@@ -82,6 +90,7 @@ async def generate(
     """
     started = time.monotonic()
     representation = negotiate(request.headers.get("accept", ""), body)
+    await refuse_unknown_label(runtime, body)
     accepted = partial(
         accept,
         *(runtime, client, body, request_id),

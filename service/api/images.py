@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.answering import ERROR_STATUSES, Answer, accept, begin_trace, refuse_streamed, respond
+from service.api.answering import (
+    ERROR_STATUSES,
+    Answer,
+    accept,
+    begin_trace,
+    refuse_streamed,
+    refuse_unknown_label,
+    respond,
+)
 from service.api.deps import ClientIdentity, GivenIdempotencyKey, ReadyRuntime, RequestId
 from service.api.events import EventStream, EventWatcher, Finished, PreviewImage, event, updates
 from service.api.openai import (
@@ -67,6 +75,7 @@ async def generate_images(
     started = time.monotonic()
     with _in_fields_of(body):
         wanted = body.as_generate_request(runtime.catalog.accepted(body.model))
+        await refuse_unknown_label(runtime, wanted)
 
     def accepted(watcher: EventWatcher | None = None) -> Answer:
         with _in_fields_of(body):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import difflib
 import io
 import json
 from typing import Any, get_args
@@ -244,6 +246,26 @@ BAD_FIELDS = [
     pytest.param({"stepz": 4}, "stepz", "4 given; this request accepts class_id, cfg_scale", id="unknown"),
     pytest.param({"body": 4}, "body", "4 given; this request accepts class_id", id="unknown-body"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [("/generate", "class_id"), ("/v1/images/generations", "prompt")],
+    ids=["ours", "openai"],
+)
+def test_the_search_for_near_labels_does_not_hold_up_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, field: str
+) -> None:
+    on_the_loop: list[bool] = []
+    search = difflib.get_close_matches
+
+    def watched(*args: Any, **options: Any) -> list[str]:
+        on_the_loop.append(asyncio._get_running_loop() is not None)
+        return search(*args, **options)
+
+    monkeypatch.setattr("model.pipeline.difflib.get_close_matches", watched)
+    assert "venice square" in client.post(path, json={field: "vence squre"}).text
+    assert on_the_loop == [False]
 
 
 @pytest.mark.parametrize(("change", "field", "message"), BAD_FIELDS)
