@@ -305,7 +305,8 @@ class Engine:
         self._postprocess(plan, failures)
         step.previews = self._reports.previews(plan, self._runners[plan.lane])
         step.done = self._runners[plan.lane].launched()
-        self._finish_steps(self._steps_ahead)
+        # A part of a warm-up waits for the device anyway, and its time is not the step's.
+        self._finish_steps(0 if self._warm_ups else self._steps_ahead)
         self._reports.report_queue()
         self._warm_up_further()
         return True

@@ -157,6 +157,25 @@ def test_engine_is_woken_by_a_backlog_of_images_that_were_given_up(engine_of: En
     assert waiting.steps_done == 1
 
 
+def test_engine_a_gpu_is_done_with_a_step_before_a_part_of_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    engine = gpu.engine(fake_pipeline())
+    to_come = fake_pipeline("to-come")
+
+    def warm_up() -> None:
+        gpu.log.append("warm-up")
+        gpu.now += 10.0
+
+    to_come.network.before_call = warm_up  # type: ignore[attr-defined]
+    engine.submit(replace(REQUEST, num_inference_steps=2))
+    engine.add_lane(LaneName("to-come"), to_come)
+    while engine.step():
+        pass
+    assert gpu.log == ["launch", "done 1", "warm-up", "launch", "done 2"]
+    assert engine._scheduler._lanes[LaneName(REQUEST.model)].virtual_time_s == gpu.now - 10.0
+    engine.stop()
+
+
 def test_engine_previews_are_shown_when_their_step_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch)
     engine = gpu.engine(fake_pipeline())
