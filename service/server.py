@@ -4,6 +4,9 @@ SIGTERM or SIGINT   readiness goes false and new requests get 503, while probes 
                     accepted work is finished, for at most `drain_timeout_s`; then the process ends with 0
 a second one        ends it at once
 
+A connection on which no request comes in the time that a body has is closed: the process has only so many,
+and probes need one too.
+
 A process whose models cannot be loaded, or whose engine has died, fails its liveness, answers what is open
 and ends with an error, so that whoever supervises it starts another.
 """
@@ -16,6 +19,7 @@ import time
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from model.messages import one_line
 from service.app import create_app
@@ -49,6 +53,8 @@ class DrainingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http="h11",  # whose connections are looked at here
+                ws="none",
                 log_config=None,
                 access_log=False,  # ours names the request id
                 server_header=False,
@@ -60,6 +66,9 @@ class DrainingServer(uvicorn.Server):
         self._runtime.supervised = True
         self._drain_timeout_s = settings.drain_timeout_s
         self._drain_until: float | None = None
+        self._head_timeout_s = settings.body_timeout_s
+        self._silent: dict[H11Protocol, tuple[object, float]] = {}
+        """Connections without a request: their last one, and since when."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal, end at the second."""
@@ -80,7 +89,23 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
         if self._drain_until is not None and (self._runtime.idle or time.monotonic() > self._drain_until):
             self.should_exit = True
+        if counter % 10 == 0:
+            self._close_silent_connections(time.monotonic())
         return await super().on_tick(counter)
+
+    def _close_silent_connections(self, now: float) -> None:
+        before, self._silent = self._silent, {}
+        for connection in self.server_state.connections:
+            if not isinstance(connection, H11Protocol) or connection.transport.is_closing():
+                continue
+            last = connection.cycle
+            if last is not None and not last.response_complete:
+                continue
+            known, since = before.get(connection, (last, now))
+            if known is last and now - since > self._head_timeout_s:
+                connection.transport.abort()
+            else:
+                self._silent[connection] = last, since if known is last else now
 
 
 def bind_socket(host: str, port: int) -> socket.socket:

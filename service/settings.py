@@ -155,7 +155,11 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(65_536, ge=256, le=2**30, description="Largest request body; beyond: 413.")
     body_timeout_s: float = Field(
-        30.0, gt=0, allow_inf_nan=False, description="Time a client has to send its body, in seconds."
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Time a client has to send a body, in seconds; a connection on which no request comes is "
+        "closed after as long.",
     )
     idempotency_max_entries: int = Field(
         1000,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import re
 import signal
@@ -12,13 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from model.pipeline import LaMambaPipeline
 from service.app import create_app
@@ -246,6 +250,54 @@ def test_sigterm_finishes_accepted_work_while_probes_say_draining() -> None:
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
 
     asyncio.run(talk_until_the_end(server, converse))
+
+
+def test_a_connection_without_a_request_is_closed_and_one_with_a_request_is_not() -> None:
+    pipeline = fake_pipeline()
+    settings = Settings(port=0, body_timeout_s=1.0)
+    server = DrainingServer(create_app(settings, (pipeline,)), settings)
+    network: Any = pipeline.network
+    gate = threading.Event()
+
+    async def fall_silent(port: int, head: bytes) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head)
+        with contextlib.suppress(ConnectionResetError):
+            while await asyncio.wait_for(reader.read(4096), TIMEOUT_S):
+                pass
+        writer.close()
+
+    async def converse(port: int) -> None:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
+            while not server.started:  # noqa: ASYNC110 - uvicorn offers no event
+                await asyncio.sleep(0.001)
+            network.before_call = lambda: gate.wait(TIMEOUT_S)
+            request = asyncio.create_task(client.post("/generate", json=BODY))
+            half = b"GET /version HTTP/1.1\r\n"
+            await asyncio.gather(
+                *(fall_silent(port, head) for head in (b"", half, half + b"Host: x\r\n\r\nG"))
+            )
+            gate.set()
+            assert (await request).status_code == 200
+            server.handle_exit(signal.SIGTERM, None)
+
+    asyncio.run(talk_until_the_end(server, converse))
+
+
+def test_a_connection_that_is_used_again_is_not_closed() -> None:
+    settings = Settings(port=0, body_timeout_s=5.0)
+    server = DrainingServer(create_app(settings, (fake_pipeline(),)), settings)
+    closed_at: list[int] = []
+    now = 0
+    used: Any = H11Protocol(server.config, server.server_state, {}, Mock(asyncio.AbstractEventLoop))
+    used.transport = SimpleNamespace(is_closing=lambda: False, abort=lambda: closed_at.append(now))
+    server.server_state.connections.add(used)
+    for now in range(0, 60, 4):
+        used.cycle = SimpleNamespace(response_complete=True)
+        server._close_silent_connections(now)
+    for now in range(57, 63):
+        server._close_silent_connections(now)
+    assert closed_at == [62]  # 56 was the last request
 
 
 def test_work_that_a_drain_has_no_time_for_is_told_so() -> None:
