@@ -158,6 +158,8 @@ class Decoder:
     def _decode_finite(self, pipeline: ServedPipeline, jobs: Sequence[ImageJob], latents: Tensor) -> None:
         try:
             pixels = pipeline.decode(latents).numpy()  # (n, height, width, 3)
+        except torch.AcceleratorError:  # after it every call on the device fails: only a restart helps
+            raise
         except Exception as error:  # whatever one image's decoding raises is that image's failure alone
             if len(jobs) == 1:
                 self._fail(jobs[0], error)

@@ -585,6 +585,20 @@ def test_engine_a_dead_thread_answers_everyone_and_says_so(
         engine.submit(REQUEST)
 
 
+def test_engine_a_device_that_breaks_in_the_decoder_ends_the_engine(engine_of: EngineFactory) -> None:
+    pipeline = fake_pipeline()
+    engine = engine_of(pipeline)
+
+    def fail(latents: torch.Tensor) -> None:
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    decoder: Any = pipeline.autoencoder
+    decoder.before_decode = fail
+    with pytest.raises(EngineStopped):  # and not this request alone
+        images(engine.submit(REQUEST))
+    assert not engine.alive
+
+
 def test_engine_a_decoder_that_dies_during_a_step_leaves_the_queue_empty(engine_of: EngineFactory) -> None:
     metrics = Metrics()
     engine = engine_of(fake_pipeline(), start=False, metrics=metrics)
