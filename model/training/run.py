@@ -28,6 +28,7 @@ from rich.progress import Progress
 
 from model.architecture import Architecture, architecture_fields, architecture_from_fields
 from model.launched import launched_world_size
+from model.messages import one_line
 from model.network.kinds import network_parameters
 from model.preview import fit_preview_map, write_preview_map
 from model.progress import progress_display
@@ -87,8 +88,11 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
                 claimed_folder(Path(config.output_dir), world),
                 progress_display(shown=world.is_main) as progress,
             ):
-                run = _Run(config, data, architecture, world, progress)
-                return run.whole(stop, deadline=deadline)
+                try:
+                    run = _Run(config, data, architecture, world, progress)
+                    return run.whole(stop, deadline=deadline)
+                except torch.OutOfMemoryError as error:
+                    raise ValueError(_no_memory(config, world, error)) from error
 
 
 class _Run:
@@ -336,6 +340,15 @@ def _require_same_run(config: TrainConfig, facts: dict[str, Any], saved: dict[st
 def _require_installed(config: TrainConfig) -> None:
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb: not installed; pip install 'lamamba[wandb]', or leave the field out")
+
+
+def _no_memory(config: TrainConfig, world: World, error: torch.OutOfMemoryError) -> str:
+    rows = config.rank_batch_size(world.size)
+    or_else = "" if config.activation_checkpointing else ", or as many with activation_checkpointing=true"
+    return (
+        f"micro_batch_size: {min(config.micro_batch_size or rows, rows)} given; {world.device} has no memory "
+        f"for that, and fewer may fit{or_else} ({one_line(error)})"
+    )
 
 
 def _require_useful_tracks(config: TrainConfig) -> None:

@@ -513,6 +513,19 @@ def test_initial_weights_must_fit_the_network(make_config: Callable[..., TrainCo
         train(other, device="cpu")
 
 
+def test_a_step_without_memory_says_what_to_try(
+    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(trainer: Trainer) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with pytest.raises(ValueError, match=r"^micro_batch_size: 4 given; cpu has no memory .*=true \(CUDA out"):
+        train(make_config("large", micro_batch_size=4), device="cpu")
+    with pytest.raises(ValueError, match=r"^micro_batch_size: 8 given; .* fewer may fit \(CUDA out"):
+        train(make_config("larger", activation_checkpointing=True), device="cpu")
+
+
 def test_train_refuses_to_mix_two_runs(make_config: Callable[..., TrainConfig]) -> None:
     train(make_config("mixed", num_images=8), device="cpu")
     with pytest.raises(ValueError, match=r"batch_size: 4 given; the run in .* was started with 8"):
