@@ -225,8 +225,10 @@ def info(
 ) -> None:
     """Count the parameters and multiply-adds of a network, beside the paper's figures."""
     with usage_errors():
-        if resolution < 32 or resolution % 32:
-            raise ValueError(f"resolution: {resolution} given; a multiple of 32 pixels is accepted")
+        if not 32 <= resolution <= 65536 or resolution % 32:
+            raise ValueError(
+                f"resolution: {resolution} given; a multiple of 32 pixels up to 65536 is accepted"
+            )
         from model.architecture import Architecture, saved_architecture
         from model.config import LaMambaConfig
         from model.network.kinds import describe_network, published_sizes
