@@ -15,9 +15,10 @@ from model.usage import usage_errors
 __all__ = ["PREPARE_EXAMPLES", "prepare_latents_command"]
 
 PREPARE_EXAMPLES = (
-    "Examples:  lamamba prepare-latents imagenet/train latents/imagenet-256 --autoencoder sd-vae-ft-mse "
-    "--labels imagenet   |   lamamba prepare-latents places latents/places --views 100000   |   "
-    "torchrun --nproc-per-node 8 -m model.cli prepare-latents shards latents/256 --autoencoder sd-vae-ft-mse"
+    "Examples:  lamamba prepare-latents imagenet/train latents/imagenet-256 --labels imagenet "
+    "--autoencoder stabilityai/sd-vae-ft-mse   |   lamamba prepare-latents places latents/places "
+    "--views 100000   |   torchrun --nproc-per-node 8 -m model.cli prepare-latents shards latents/256 "
+    "--autoencoder FOLDER"
 )
 _PLACES = "places"
 
