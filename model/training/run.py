@@ -64,7 +64,7 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
 
     SIGINT, SIGTERM or SIGUSR1 during the training steps, to any of the processes, ends the program after the
     step: with a saved state, and with exit code 128 + the signal's number. Before the first step, where there
-    is nothing to save, and where a second one comes, it ends at once.
+    is nothing to save, and where a second SIGINT comes, it ends at once.
 
     Raises ValueError for what cannot be run, Diverged for a run without finite gradients.
     """
