@@ -255,7 +255,11 @@ def load_inception(path: Path) -> Inception:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"extractor: {path} is missing; {_ACCEPTED}") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # whose text advises to load whatever it is
+        raise ValueError(
+            f"extractor: {path} cannot be read (no weights of torch.save); {_ACCEPTED}"
+        ) from error
+    except (OSError, RuntimeError, EOFError) as error:
         raise ValueError(f"extractor: {path} cannot be read ({one_line(error)}); {_ACCEPTED}") from error
     with torch.device("meta"):  # without drawing 24 million random weights
         network = Inception()
