@@ -45,8 +45,6 @@ class TrainingData:
     @classmethod
     def open(cls, config: TrainConfig, device: torch.device) -> TrainingData:
         """ValueError where data, autoencoder and configuration do not fit each other."""
-        autoencoder = Autoencoder.load(config.autoencoder_source)
-        weights = autoencoder.weights_hash
         shards = places = None
         if config.data == PLACES:
             places = Places.load(device=device)
@@ -59,6 +57,9 @@ class TrainingData:
                     f"resolution: {config.resolution} given; the latents in {config.data} are of images of "
                     f"{shards.resolution} px"
                 )
+        autoencoder = Autoencoder.load(config.autoencoder_source)  # last, as it may have to be downloaded
+        weights = autoencoder.weights_hash
+        if shards is not None:
             side = config.resolution // autoencoder.downsampling
             shape = (2 * autoencoder.latent_channels, side, side)
             if shards.moments_shape != shape:

@@ -315,7 +315,7 @@ def test_export_writes_any_kept_state_and_any_length(
     [
         ({"parallel": "ddp"}, "parallel: 'ddp' given without torchrun"),
         ({"micro_batch_size": 3}, "micro_batch_size: 3 given; a divisor of 8"),
-        ({"data": "absent"}, "latents: absent has no index.json"),
+        ({"data": "absent", "autoencoder": "not/downloaded"}, "latents: absent has no index.json"),
         ({"snapshot_every": 64}, "snapshot_every: 64 given without ema_tracks, of which snapshots are"),
         (
             {"ema_tracks": [0.1], "num_images": 63},
