@@ -95,20 +95,21 @@ def running_command(
 ) -> Iterator[RunningServer]:
     """Start a server that has our probes, wait until it is ready, end it after use.
 
-    `{port}` in the command stands for a free port; it runs in the repository's root. What it writes to stderr
-    goes to `log`; without one it is repeated when the server has ended. `cores`: those it may run on, where
-    there are any. Raises ServerNotStarted where it ends, or is not ready after two minutes.
+    `{port}` in the command stands for a free port; it runs in the folder of this process, and imports from
+    the repository's root. What it writes to stderr goes to `log`; without one it is repeated when the server
+    has ended. `cores`: those it may run on, where there are any. Raises ServerNotStarted where it ends, or is
+    not ready after two minutes.
     """
     port = str(free_port())
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LAMAMBA_")}
     arguments = [argument.replace(PORT, port) for argument in command]
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with nullcontext(log) if log is not None else TemporaryFile() as written:
         started = time.monotonic()
         try:
             process = subprocess.Popen(
                 arguments,
-                cwd=_ROOT,
-                env=inherited | dict(environment or {}),
+                env=inherited | {"PYTHONPATH": os.pathsep.join(paths)} | dict(environment or {}),
                 stderr=written,
                 start_new_session=True,
             )

@@ -286,6 +286,18 @@ def test_a_server_that_does_not_start_is_told_in_its_own_words() -> None:
     assert "the server ended with 2 before it was ready: lamamba: batch_size: 4 given" in output
 
 
+def test_a_server_runs_in_the_folder_that_its_paths_are_relative_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "import os, sys, service; sys.exit(os.getcwd())"
+    with (
+        pytest.raises(ServerNotStarted, match=f": {tmp_path.resolve()}$"),
+        running_command([sys.executable, "-c", code]),
+    ):
+        pass
+
+
 def test_all_that_a_server_says_before_its_last_words_is_repeated(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
