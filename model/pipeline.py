@@ -284,10 +284,11 @@ class LaMambaPipeline:
         Raises ValueError naming the accepted range, or the nearest names.
         """
         if isinstance(class_id, str) and not (class_id.isascii() and class_id.strip().isdecimal()):
+            named = self.label_index(class_id)
+            if named is not None:
+                return named
             names = [label.casefold() for label in self.labels]
             wanted = class_id.strip().casefold()
-            if wanted in names:
-                return names.index(wanted)
             near = difflib.get_close_matches(wanted, names, n=_NEAR_LABELS, cutoff=0.0)
             hint = ", ".join(repr(self.labels[names.index(name)]) for name in near)
             raise ValueError(f"class_id: {class_id!r} given; the nearest of {len(names)} classes are {hint}")
@@ -295,6 +296,11 @@ class LaMambaPipeline:
         if not 0 <= index < self.num_classes:
             raise ValueError(f"class_id: {index} given; this model accepts 0 to {self.num_classes - 1}")
         return index
+
+    def label_index(self, label: str) -> int | None:
+        """The class of that name, as `class_index` reads it; None where there is none, without a search."""
+        wanted = label.strip().casefold()
+        return next((index for index, own in enumerate(self.labels) if own.casefold() == wanted), None)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

@@ -134,11 +134,6 @@ class ServedModel:
             "timeout_s": f"above 0 and up to {self.max_timeout_s:g} seconds",
         }
 
-    def has_label(self, text: str) -> bool:
-        """Whether that is the label of a class, which `class_label` then finds without a search."""
-        wanted = text.strip().casefold()
-        return any(label.casefold() == wanted for label in self.pipeline.labels)
-
     def class_label(self, class_id: int | str | None) -> int:
         """The class that a request means.
 

@@ -93,7 +93,7 @@ async def refuse_unknown_label(runtime: Runtime, body: GenerateRequest) -> None:
     the event loop.
     """
     model = runtime.catalog.select(body.model, body.resolution)
-    if isinstance(body.class_id, str) and not model.has_label(body.class_id):
+    if isinstance(body.class_id, str) and model.pipeline.label_index(body.class_id) is None:
         await asyncio.to_thread(model.class_label, body.class_id)
 
 

@@ -73,3 +73,6 @@ class ServedPipeline(Protocol):
 
     def class_index(self, class_id: int | str) -> int:
         """The class of an id or a label; ValueError names the accepted ids and labels near a wrong one."""
+
+    def label_index(self, label: str) -> int | None:
+        """The class of that name; None where there is none, without a search for near ones."""
