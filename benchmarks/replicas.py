@@ -20,7 +20,7 @@ and that no replica answered an id twice. Exit code 1 where anything differs.
 
     python benchmarks/replicas.py                  # 4 replicas of 2 cores: 16 cores, some 13 minutes
     python benchmarks/replicas.py --replicas 1,3 --cores-per-replica 1 --phase-s 20   # a trial, anywhere
-    python benchmarks/replicas.py --plot benchmarks/results/replicas.json          # draws it again
+    python benchmarks/replicas.py --again benchmarks/results/replicas.json   # simulates its loads again
 """
 
 from __future__ import annotations
@@ -214,6 +214,12 @@ class Feed:
         step_ms = {str(rows): round(1000 * self.step_s(rows), 2) for rows in self.step_s.rows}
         return {"step_ms": step_ms, "after_ms": round(1000 * self.after_s, 1)}
 
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Feed:
+        """What `to_dict` has made."""
+        step_s = {int(rows): ms / 1000 for rows, ms in saved["step_ms"].items()}
+        return cls(StepTimes(tuple(step_s), tuple(step_s.values())), saved["after_ms"] / 1000)
+
 
 def measure_steps(urls: Sequence[str], mix: Sequence[MixEntry], rounds: int, observer: Observer) -> Feed:
     """Of a step by its rows, and of an image beside its steps, in closed loops on all at once.
@@ -256,6 +262,7 @@ def simulated(planned: Sequence[PlannedRequest], *, replicas: int, feed: Feed) -
         step_s=feed.step_s,
         balancer="least",
         draw=random.Random(0),
+        after_s=feed.after_s,
     )
     return [image.finished_at - image.came_at + feed.after_s for image in images]
 
@@ -424,12 +431,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=100_000, help="most of each load")
     parser.add_argument("--rounds", type=int, default=8, help="images of a closed loop, by its concurrency")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, help="only draw this file of results")
+    parser.add_argument(
+        "--again", type=Path, help="only simulate the loads of this file of results again, and draw it"
+    )
     parser.add_argument("--name", default="replicas", help="of the results file")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    if given.plot is not None:
-        print(plot(json.loads(given.plot.read_text(encoding="utf-8")), given.plot.with_suffix(".png")))
+    if given.again is not None:
+        content = json.loads(given.again.read_text(encoding="utf-8"))
+        simulate_again(content["results"])
+        write_json(given.again, content)
+        print(plot(content, given.again.with_suffix(".png")))
         return
     try:
         numbers = sorted({int(text) for text in given.replicas.split(",")})
@@ -466,6 +478,7 @@ def run(
         "cores_apart": not set(rest) & set(own[0]),
         "balancer": _version(program),
         "mix": [entry.model_dump() | {"name": entry.label} for entry in mix],
+        "arrivals": {"requests": given.requests, "phase_s": given.phase_s, "seed": given.seed},
         "latency": [],
     }
     content = {"environment": facts(), "results": results}
@@ -478,27 +491,27 @@ def run(
             urls = [replica.server.url for replica in loaded]
             before = measure_steps(urls, mix, given.rounds, observer)
             each = capacity(mix, MAX_ROWS, before.step_s)
-            plan = arrivals_at(given.share * number * each, mix, given)
+            rate = round(given.share * number * each, 4)
+            plan = arrivals_at(rate, mix, **results["arrivals"])
             with balanced(program, loaded) as (url, _):
                 report = observer(f"{number} replicas, balanced", len(plan))
                 outcomes = asyncio.run(open_loop(url, plan, timeout_s=TIMEOUT_S, report=report))
             figures = summarize(outcomes)
             after = measure_steps(urls, mix, given.rounds, observer)
-            feed = before.mean_with(after)
-            predicted = percentiles(simulated(plan, replicas=number, feed=feed))
             results["latency"].append(
                 {
                     "replicas": number,
-                    "offered_images_per_s": round(given.share * number * each, 4),
+                    "offered_images_per_s": rate,
                     "images_per_s_of_a_full_replica": round(each, 4),
                     "before": before.to_dict(),
                     "after": after.to_dict(),
+                    "run": figures,
                 }
-                | compared(figures["overall"]["latency_s"] or {}, predicted or {})
-                | {"run": figures}
             )
+            simulate_again(results)
             write_json(path, content)  # what ends the program leaves the parts before in it
-        plan = arrivals_at(given.share * (len(replicas) - NUM_ENDS) * each, mix, given)
+        rate = given.share * (len(replicas) - NUM_ENDS) * each
+        plan = arrivals_at(rate, mix, **results["arrivals"])
         ends, faults = measure_ends(program, replicas, plan, observer("two replicas end", len(plan)))
     results |= {"ends": ends, "faults": faults}
     print(write_json(path, content))
@@ -509,19 +522,25 @@ def run(
     return faults
 
 
+def simulate_again(results: dict[str, Any]) -> None:
+    """Set the simulation's percentiles beside the measured ones, of each load in the results."""
+    mix = [MixEntry(**entry) for entry in results["mix"]]
+    for row in results["latency"]:
+        feed = Feed.from_dict(row["before"]).mean_with(Feed.from_dict(row["after"]))
+        plan = arrivals_at(row["offered_images_per_s"], mix, **results["arrivals"])
+        predicted = percentiles(simulated(plan, replicas=row["replicas"], feed=feed))
+        row |= compared(row["run"]["overall"]["latency_s"] or {}, predicted or {})
+
+
 def arrivals_at(
-    images_per_s: float, mix: Sequence[MixEntry], given: argparse.Namespace
+    images_per_s: float, mix: Sequence[MixEntry], *, requests: int, phase_s: float, seed: int
 ) -> list[PlannedRequest]:
     """The requests of one load. Raises ValueError where none comes in time."""
     planned = plan_requests(
-        mix,
-        rate_per_s=images_per_s,
-        num_requests=given.requests,
-        max_seconds=given.phase_s,
-        seed=given.seed,
+        mix, rate_per_s=images_per_s, num_requests=requests, max_seconds=phase_s, seed=seed
     )
     if not planned:
-        raise ValueError(f"phase-s: {given.phase_s:g} given; at {images_per_s:.2f} images/s nothing comes")
+        raise ValueError(f"phase-s: {phase_s:g} given; at {images_per_s:.2f} images/s nothing comes")
     return planned
 
 

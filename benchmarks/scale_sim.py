@@ -11,7 +11,10 @@ Requests come as a Poisson process and are shared out by one of
     random           each to any replica
     round-robin      to one after the other
     least-of-two     to the one with fewer unfinished images of two that are drawn
-    least            to the one with the fewest of all
+    least            to the one with the fewest of all, of equals to the one that has had so many for longest
+                     (HAProxy's `leastconn`)
+
+A balancer counts an image until it is answered, which is some time after its last step.
 
 The load is a share of what the replicas can make together. Above `--simulated` replicas that many stand for
 all: they get their part of the arrivals, and the others would be like them.
@@ -91,14 +94,26 @@ class Replica:
     """One engine: what waits, and what is in its present step."""
 
     max_rows: int
+    after_s: float = 0.0
+    """From the end of an image's last step to its answer."""
     waiting: deque[Image] = field(default_factory=deque)
     active: list[Image] = field(default_factory=list)
+    answers_at: deque[float] = field(default_factory=deque)
+    """Of finished images, as far as `unanswered` has not passed them."""
+    changed_at: float = 0.0
+    """When the number of unanswered images last was another, as `unanswered` knows it."""
     stepping: bool = False
 
-    @property
-    def unfinished(self) -> int:
-        """Images accepted and not finished."""
-        return len(self.waiting) + len(self.active)
+    def accept(self, image: Image) -> None:
+        """Let an image wait for the next step."""
+        self.waiting.append(image)
+        self.changed_at = image.came_at
+
+    def unanswered(self, now: float) -> int:
+        """Images accepted and not answered; `now` never goes back."""
+        while self.answers_at and self.answers_at[0] <= now:
+            self.changed_at = max(self.changed_at, self.answers_at.popleft())
+        return len(self.waiting) + len(self.active) + len(self.answers_at)
 
     def begin_step(self, now: float) -> int:
         """Let images join; the rows of the step, 0 where there is none."""
@@ -118,6 +133,7 @@ class Replica:
             image.steps_left -= 1
             if not image.steps_left:
                 image.finished_at = now
+                self.answers_at.append(now + self.after_s)
                 finished.append(image)
         if finished:
             self.active = [image for image in self.active if image.steps_left]
@@ -140,14 +156,16 @@ def arrivals(
         yield Image(came_at=now, steps_left=entry.steps, rows=rows_of(entry))
 
 
-def chooser(balancer: str, replicas: Sequence[Replica], draw: random.Random) -> Callable[[], Replica]:
-    """What names the replica of the next image."""
+def chooser(balancer: str, replicas: Sequence[Replica], draw: random.Random) -> Callable[[float], Replica]:
+    """What names the replica of an image that comes at a time."""
     turns = itertools.cycle(replicas)
     return {
-        "random": lambda: draw.choice(replicas),
-        "round-robin": lambda: next(turns),
-        "least-of-two": lambda: min(draw.choices(replicas, k=2), key=lambda replica: replica.unfinished),
-        "least": lambda: min(replicas, key=lambda replica: replica.unfinished),
+        "random": lambda now: draw.choice(replicas),
+        "round-robin": lambda now: next(turns),
+        "least-of-two": lambda now: min(
+            draw.choices(replicas, k=2), key=lambda replica: replica.unanswered(now)
+        ),
+        "least": lambda now: min(replicas, key=lambda replica: (replica.unanswered(now), replica.changed_at)),
     }[balancer]
 
 
@@ -159,9 +177,10 @@ def simulate(
     step_s: Callable[[int], float],
     balancer: str,
     draw: random.Random,
+    after_s: float = 0.0,
 ) -> None:
-    """Run all images to their ends, which are noted in them."""
-    replicas = [Replica(max_rows) for _ in range(num_replicas)]
+    """Run all images to their ends, which are noted in them; each is answered `after_s` later."""
+    replicas = [Replica(max_rows, after_s) for _ in range(num_replicas)]
     choose = chooser(balancer, replicas, draw)
     order = itertools.count()
     ends: list[tuple[float, int, Replica]] = []
@@ -179,8 +198,8 @@ def simulate(
 
     for image in images:
         run_until(image.came_at)
-        replica = choose()
-        replica.waiting.append(image)
+        replica = choose(image.came_at)
+        replica.accept(image)
         if not replica.stepping:
             begin(replica, image.came_at)
     run_until(math.inf)
@@ -211,7 +230,15 @@ def measure(
     present = min(replicas, simulated)
     each = capacity(mix, max_rows, step_s)
     plan = list(arrivals(mix, share * each * present, images, draw))
-    simulate(plan, num_replicas=present, max_rows=max_rows, step_s=step_s, balancer=balancer, draw=draw)
+    simulate(
+        plan,
+        num_replicas=present,
+        max_rows=max_rows,
+        step_s=step_s,
+        balancer=balancer,
+        draw=draw,
+        after_s=after_s,
+    )
     counted = plan[int(len(plan) * WARM_UP) :]
     waits = percentiles([image.started_at - image.came_at for image in counted]) or {}
     latencies = percentiles([image.finished_at - image.came_at + after_s for image in counted]) or {}

@@ -21,6 +21,7 @@ from benchmarks.replicas import (
     faults_of,
     main,
     routes,
+    simulate_again,
     simulated,
     spread,
 )
@@ -147,7 +148,20 @@ def test_the_simulation_gets_the_same_arrivals() -> None:
 
 def test_the_simulation_is_fed_with_the_means_of_before_and_after() -> None:
     before, after = Feed(StepTimes((2, 4), (0.5, 0.75)), 0.25), Feed(StepTimes((2, 4), (0.25, 0.75)), 0.5)
-    assert before.mean_with(after).to_dict() == {"step_ms": {"2": 375.0, "4": 750.0}, "after_ms": 375.0}
+    mean = before.mean_with(after)
+    assert mean.to_dict() == {"step_ms": {"2": 375.0, "4": 750.0}, "after_ms": 375.0}
+    assert Feed.from_dict(mean.to_dict()) == mean
+
+
+def test_the_loads_of_a_file_are_simulated_again() -> None:
+    feed = {"step_ms": {"2": 10.0, "4": 10.0, "6": 10.0, "8": 10.0}, "after_ms": 50.0}
+    row = {"replicas": 1, "offered_images_per_s": 0.5, "before": feed, "after": feed}
+    row["run"] = {"overall": {"latency_s": {"p50": 0.1, "p95": 0.08}}}
+    results = {"mix": [ENTRY.model_dump()], "latency": [row]}
+    results["arrivals"] = {"requests": 5, "phase_s": 100.0, "seed": 0}
+    simulate_again(results)
+    assert row["simulated_s"]["p50"] == pytest.approx(0.09)  # its 4 steps and what comes after them
+    assert row["error"]["p50"] == pytest.approx(-0.1)
 
 
 @pytest.mark.parametrize(

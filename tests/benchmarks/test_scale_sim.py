@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scale_sim import Image, StepTimes, arrivals, capacity, main, measure, parse_steps, simulate
+from benchmarks.scale_sim import (
+    Image,
+    Replica,
+    StepTimes,
+    arrivals,
+    capacity,
+    chooser,
+    main,
+    measure,
+    parse_steps,
+    simulate,
+)
 from service.benchmark.mix import MixEntry
 
 ONE_ROW = (MixEntry(steps=1, cfg_scale=1.0),)
@@ -46,6 +57,22 @@ def test_a_balancer_that_looks_is_better_than_one_that_does_not() -> None:
     }
     assert by_balancer["least"] < by_balancer["least-of-two"] < by_balancer["random"]
     assert by_balancer["round-robin"] < by_balancer["random"]
+
+
+def test_the_least_loaded_has_the_fewest_unanswered_images_and_of_equals_had_so_many_for_longest() -> None:
+    first, second = replicas = [Replica(max_rows=2, after_s=1.0) for _ in range(2)]
+    choose = chooser("least", replicas, random.Random(0))
+    for came_at, replica in ((0.0, first), (0.5, second)):
+        assert choose(came_at) is replica
+        replica.accept(Image(came_at=came_at, steps_left=1, rows=2))
+        replica.begin_step(came_at)
+    first.end_step(1.0)
+    second.end_step(1.25)
+    assert choose(1.5) is first  # both images are made and not answered; the first has had one for longer
+    assert choose(2.0) is first  # answered
+    assert choose(2.25) is first  # the second's too, later
+    first.accept(Image(came_at=2.25, steps_left=1, rows=2))
+    assert choose(2.5) is second
 
 
 def test_every_image_has_its_steps_and_no_step_more_rows_than_there_are() -> None:
