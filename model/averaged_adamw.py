@@ -56,6 +56,15 @@ class AveragedAdamW:
         )
         # What GradScaler sets for the same purpose: a fused step changes nothing where this is 1.
         self._adamw.found_inf = self.skipped  # type: ignore[attr-defined]
+        # average += weight * (parameter - average) is a step of gradient descent along `-parameter`, with
+        # decay 1 and the weight for a learning rate. It passes over memory once, where torch._foreach_lerp_
+        # wants a weight that the host knows.
+        for mean, parameter in zip(self.average, self.parameters, strict=True):
+            mean.grad = parameter.detach()
+        self._averaging = torch.optim.SGD(
+            self.average, lr=self._average_weight, weight_decay=1.0, maximize=True, fused=True
+        )
+        self._averaging.found_inf = self.skipped  # type: ignore[attr-defined]
         self._create_moments()
         self._use_own_settings()
 
@@ -75,10 +84,7 @@ class AveragedAdamW:
         self.skipped_in_a_row.add_(1).mul_(self.skipped)
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
-        # torch._foreach_lerp_, whose weight would have to be known to the host.
-        difference = torch._foreach_sub(self.parameters, self.average)
-        torch._foreach_mul_(difference, self._average_weight * (1 - self.skipped))
-        torch._foreach_add_(self.average, difference)
+        self._averaging.step()
         return grad_norm
 
     def state(self) -> list[Tensor]:
