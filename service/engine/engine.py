@@ -297,7 +297,8 @@ class Engine:
         step = _LaunchedStep(plan, launched_at=self._clock())
         failures = self._run(plan.lane, plan.jobs)
         if failures is None:
-            self._scheduler.charge(plan.lane, self._clock() - step.launched_at)
+            self._finish_steps(0)
+            self._scheduler.charge(plan.lane, self._seconds_since_last(step))
             self._shrink(plan)
             return True
         self._scheduler.row_limit.count_good_step()
@@ -321,15 +322,20 @@ class Engine:
             step = self._launched.popleft()
             if step.done is not None:
                 step.done.synchronize()
-            now = self._clock()
-            seconds = now - max(step.launched_at, self._last_step_ended_at)
-            self._last_step_ended_at = now
+            seconds = self._seconds_since_last(step)
             self._scheduler.charge(step.plan.lane, seconds)
             self._observe(step.plan, seconds)
             for latents in step.finished:
                 self._submit(latents)
             self._reports.report_steps(step.plan, step.previews)
         return True
+
+    def _seconds_since_last(self, step: _LaunchedStep) -> float:
+        """What a step that ends now took, without the time of those before it, which is theirs."""
+        now = self._clock()
+        seconds = now - max(step.launched_at, self._last_step_ended_at)
+        self._last_step_ended_at = now
+        return seconds
 
     def _run_forever(self) -> None:
         try:

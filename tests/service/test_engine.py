@@ -142,6 +142,22 @@ def test_engine_a_gpu_has_its_next_step_before_it_is_done_with_one(monkeypatch: 
     engine.stop()
 
 
+def test_engine_a_step_without_memory_is_charged_without_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu, pipeline = FakeGpu(monkeypatch), fake_pipeline()
+    engine = gpu.engine(pipeline)
+    network: Any = pipeline.network
+    engine.submit(replace(REQUEST, num_inference_steps=3))
+    assert engine.step()
+    engine.submit(replace(REQUEST, seed=1, num_inference_steps=1))
+    network.rows_that_fit = 2
+    assert engine.step()  # while the first step is under way
+    assert engine._scheduler._lanes[LaneName(REQUEST.model)].virtual_time_s == gpu.now
+    assert engine._scheduler.row_limit.value == 2
+    engine.stop()
+
+
 def test_engine_is_woken_by_a_backlog_of_images_that_were_given_up(engine_of: EngineFactory) -> None:
     engine = engine_of(fake_pipeline(), start=False, max_rows=2)
     unguided = replace(REQUEST, guidance_scale=1.0, num_inference_steps=1)
