@@ -17,7 +17,8 @@ grid, real, guidance and nearest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from model.evaluation.ranks import Ranks
 from model.evaluation.report import Report, file_source, require_enough_images, shown
 from model.evaluation.samples import SampleFile, require_disk_space
 from model.evaluation.sources import ImageSet, NpzImages, RealViews, ReconstructedViews, first_pixels
+from model.lock_file import locked
 from model.pipeline import LaMambaPipeline
 from model.progress import progress_display
 
@@ -41,7 +43,7 @@ __all__ = ["Evaluation", "evaluate_file"]
 
 logger = logging.getLogger(__name__)
 
-_JUDGE_FILE = "judge.safetensors"
+_JUDGE_FILE, _LOCK_FILE = "judge.safetensors", ".lock"
 
 
 class Evaluation:
@@ -95,8 +97,11 @@ class Evaluation:
         }
 
     def run(self) -> dict[str, Any]:
-        """Measure, write evaluation.json and the pictures; returns what the file holds."""
-        with self.progress:
+        """Measure, write evaluation.json and the pictures; returns what the file holds.
+
+        Raises ValueError where another evaluation writes to the folder.
+        """
+        with _claimed(self.output_dir, self.ranks), self.progress:
             self._make_samples()
             if self.reference is not None:
                 self._measure_all(self.reference)
@@ -301,7 +306,7 @@ def evaluate_file(
 ) -> dict[str, Any]:
     """Compare images that are there with a reference; writes evaluation.json and returns what it holds.
 
-    Raises ValueError for too few images.
+    Raises ValueError for too few images, or where another evaluation writes to the folder.
     """
     ranks = ranks or Ranks()
     require_enough_images(extractors, samples.num, reference, field="samples")
@@ -309,23 +314,39 @@ def evaluate_file(
     report = Report(output_dir, ranks=ranks, device=extractors[0].device)
     progress = progress_display()
     progress.disable = not ranks.is_main
-    with progress:
+    with _claimed(output_dir, ranks), progress:
         with report.part("reference"):
             advance = _counter(progress, "reference", reference, ranks)
             expected = measure_reference(reference, extractors, ranks=ranks, advance=advance)
         with report.part("samples"):
             advance = _counter(progress, samples.path.name, samples, ranks)
             measured = measure(samples, extractors, ranks=ranks, advance=advance)
-    with report.part("metrics"):
-        if measured is not None and expected is not None:
-            report.add_metrics(
-                measured,
-                expected,
-                extractors,
-                description=reference.description,
-                source=file_source(samples),
-            )
+        with report.part("metrics"):
+            if measured is not None and expected is not None:
+                report.add_metrics(
+                    measured,
+                    expected,
+                    extractors,
+                    description=reference.description,
+                    source=file_source(samples),
+                )
     return report.fields
+
+
+@contextmanager
+def _claimed(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other evaluations out of the folder while the block runs; all ranks call it together."""
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            if not stack.enter_context(locked(folder / _LOCK_FILE)):
+                raise ValueError(
+                    f"output_dir: {folder} is being written to by another evaluation; wait for its end, or "
+                    "choose another folder"
+                )
+
+        ranks.from_main(claim)
+        yield
 
 
 def _counter(progress: Progress, what: str, images: ImageSet, ranks: Ranks) -> Callable[[int], None]:

@@ -27,6 +27,7 @@ from model.autoencoder import Autoencoder
 from model.data.image_batches import ImageBatch, ImageBatches
 from model.data.latent_shards import INDEX_FILE
 from model.data.shard_records import ShardRecord, write_index, write_shard
+from model.lock_file import locked
 from model.messages import one_line
 from model.stop_request import StopRequest
 from model.whole_file import whole_file
@@ -101,7 +102,7 @@ def prepare_latents(
 
     Raises:
         ValueError: one line: what was asked for does not fit the folder's content, the autoencoder or the
-            disk, or too many images are unreadable.
+            disk, another process of the same rank writes to it, or too many images are unreadable.
         SystemExit: after Ctrl-C or SIGTERM, with 130 or 143; finished shards stay.
     """
     config = config or PrepareConfig()
@@ -125,11 +126,19 @@ def prepare_latents(
     nn.Module.to(encoder.module, device=device, dtype=ENCODING_DTYPES[config.dtype])  # torch's: no warnings
     encoder = Autoencoder(encoder.module, micro_batch_pixels=_ENCODING_PIXELS[device.type])
     run = _Run(source, folder, encoder, made_from, config)
-    if verify:
-        run.verify(progress)
-    with StopRequest() as stop:
-        run.encode(stop, progress)
-        run.finish(stop)
+    lock = folder / f".lock-{config.rank}"
+    with locked(lock) as is_ours:
+        if not is_ours:
+            raise ValueError(
+                f"out: {folder} is being written to by another process of rank {config.rank}; wait for its "
+                "end, or choose another folder"
+            )
+        if verify:
+            run.verify(progress)
+        with StopRequest() as stop:
+            run.encode(stop, progress)
+            run.finish(stop)
+        lock.unlink()  # a cache that is whole holds nothing else
 
 
 class _Run:

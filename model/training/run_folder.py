@@ -6,12 +6,12 @@ half-written states for what a crash left, and remove them.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from model.lock_file import locked
 from model.messages import one_line
 from model.training.world import World
 
@@ -40,21 +40,9 @@ def claimed_folder(folder: Path, world: World) -> Iterator[None]:
         if path.exists() and not path.is_dir():
             raise ValueError(f"output_dir: {path} is a file; a run makes a folder of that name")
     with ExitStack() as stack:
-        if not world.shared(not world.is_main or _lock(folder / _LOCK_FILE, stack)):
+        if not world.shared(not world.is_main or stack.enter_context(locked(folder / _LOCK_FILE))):
             raise ValueError(
                 f"output_dir: {folder} belongs to a run that is not over, of another process; wait for its "
                 "end, or choose another folder"
             )
         yield
-
-
-def _lock(path: Path, stack: ExitStack) -> bool:
-    """Whether nobody else has the lock, which a process loses with its end, however that comes."""
-    file = stack.enter_context(path.open("w"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True

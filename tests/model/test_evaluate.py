@@ -17,6 +17,7 @@ from model.evaluate import Evaluation, evaluate_file
 from model.evaluation.command import evaluate_command
 from model.evaluation.config import EvaluationConfig
 from model.evaluation.sources import NpzImages
+from model.lock_file import locked
 from model.pipeline import LaMambaPipeline
 from tests.extractors import MeanColour, TinyInception
 from tests.tiny_model import save_autoguided_model, save_tiny_model
@@ -67,6 +68,7 @@ def test_evaluation_measures_everything_and_says_on_what(
     report = _evaluate(pipeline, places, tmp_path, distance_scales=(2.0,), num_per_scale=4)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock",
         "evaluation.json",
         "grid.png",
         "guidance.png",
@@ -148,6 +150,16 @@ def test_interrupted_evaluation_keeps_what_it_measured(
     with pytest.raises(KeyboardInterrupt):
         _evaluate(pipeline, places, tmp_path)
     assert len(json.loads((tmp_path / "evaluation.json").read_text())["metrics"]) == 3 * 4
+
+
+def test_a_folder_is_one_evaluations_until_that_is_over(
+    pipeline: LaMambaPipeline, places: Places, tmp_path: Path
+) -> None:
+    with locked(tmp_path / ".lock") as is_ours:
+        assert is_ours
+        with pytest.raises(ValueError, match=r"output_dir: .* is being written to by another evaluation"):
+            _evaluate(pipeline, places, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_evaluation_refuses_a_model_of_other_classes(

@@ -27,6 +27,7 @@ from model.data.image_sources import open_image_source
 from model.data.latent_shards import INDEX_FILE, LatentShards
 from model.data.places import Places
 from model.data.prepare_latents import BAD_IMAGES_FILE, PrepareConfig, prepare_latents
+from model.lock_file import locked
 from tests.image_files import SYNSETS, save_image_folder
 
 CPU = torch.device("cpu")
@@ -130,6 +131,18 @@ t.prepare(Path({str(root)!r}), Path({str(tmp_path / "killed")!r}), {autoencoder!
     prepare(root, tmp_path / "killed", autoencoder)
     assert first.stat().st_mtime_ns == written
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_rank_that_is_there_already_is_refused(tmp_path: Path, autoencoder: str) -> None:
+    """Two would give their half-written shards the same names."""
+    root, out = save_image_folder(tmp_path / "train"), tmp_path / "out"
+    out.mkdir()
+    with locked(out / ".lock-1") as is_ours:
+        assert is_ours
+        with pytest.raises(ValueError, match=r"out: .*out is being written to by another process of rank 1"):
+            prepare(root, out, autoencoder, rank=1, world_size=2)
+    prepare(root, out, autoencoder)
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".lock-0")]
 
 
 def test_sigterm_stops_between_batches(

@@ -1,0 +1,27 @@
+"""A file that one process at a time holds."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["locked"]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Whether this process holds the file, which is made, while the block runs; False where another has it.
+
+    A process loses it with its end, however that comes. On a file system without locks everybody holds it.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
