@@ -201,8 +201,9 @@ def fit_previews(
             raise ValueError(f"{folder}: no such model folder")
         from model.cpu_rows import prepare_process
         from model.cpu_threads import available_cpu_threads
+        from model.fit_previews import fit_model_previews
         from model.pipeline import LaMambaPipeline
-        from model.preview import PREVIEW_FILE, fit_model_previews, write_preview_map
+        from model.preview import PREVIEW_FILE, write_preview_map
 
         prepare_process()
         pipeline = LaMambaPipeline.load(folder, device=device, num_row_threads=available_cpu_threads())

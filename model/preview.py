@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,13 +23,9 @@ from model.autoencoder import to_pixels
 from model.messages import one_line
 from model.whole_file import write_json
 
-if TYPE_CHECKING:
-    from model.pipeline import LaMambaPipeline
-
 __all__ = [
     "PREVIEW_FILE",
     "PreviewMap",
-    "fit_model_previews",
     "fit_preview_map",
     "read_preview_map",
     "write_preview_map",
@@ -73,23 +68,6 @@ def fit_preview_map(latents: Tensor, images: Tensor) -> tuple[PreviewMap, float]
     explained = 1.0 - residual / colours.var(dim=0, correction=0).mean()
     fitted = PreviewMap(weight=solution[:-1].T.float().contiguous(), bias=solution[-1].float())
     return fitted, float(explained)
-
-
-def fit_model_previews(
-    pipeline: LaMambaPipeline, *, num_images: int, num_inference_steps: int = 20
-) -> tuple[PreviewMap, float]:
-    """The map fitted to images that the model itself makes, of its classes in turn; as `fit_preview_map`.
-
-    Raises ValueError for fewer than 1 image.
-    """
-    if num_images < 1:
-        raise ValueError(f"num: {num_images} given; 1 or more is accepted")
-    classes = pipeline.num_classes
-    labels = [image % classes if classes else pipeline.null_label for image in range(num_images)]
-    latents = pipeline.sample_latents(
-        labels, seeds=range(num_images), num_inference_steps=num_inference_steps
-    )  # (n, C, h, w)
-    return fit_preview_map(latents, pipeline.autoencoder.decode(latents))
 
 
 def write_preview_map(folder: Path, preview_map: PreviewMap) -> None:

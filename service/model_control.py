@@ -16,7 +16,7 @@ import logging
 import time
 import traceback
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -39,15 +39,14 @@ from service.model_loading import ModelCopies, ModelSource
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from service.api.schemas import ModelState
     from service.engine.group import EngineGroup
     from service.engine.pipeline import ServedPipeline
     from service.metrics import Metrics
     from service.model_repository import ModelRepository
     from service.settings import Settings
 
-__all__ = ["ModelControl", "ModelState", "ModelStatus"]
-
-ModelState = Literal["available", "loading", "loaded", "unloading"]
+__all__ = ["ModelControl", "ModelStatus"]
 
 _logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from model.images import ImageFormat
 from model.limits import MAX_IMAGE_INDEX, MAX_SEED
 from service.engine.request import Priority
-from service.model_control import ModelState
 
 __all__ = [
     "MAX_CLASSES",
@@ -27,6 +26,7 @@ __all__ = [
     "GenerateRequest",
     "GenerateResponse",
     "GeneratedImage",
+    "ModelState",
     "ServedClass",
     "ServedVersion",
     "VersionInfo",
@@ -36,6 +36,8 @@ MAX_TEXT: Final = 200
 """Characters of a label: near ones are searched for, which has to stay cheap."""
 MAX_CLASSES: Final = 1000
 """Classes in one answer of `/v1/classes`."""
+
+ModelState = Literal["available", "loading", "loaded", "unloading"]
 
 
 class RequestBody(BaseModel):
