@@ -1,5 +1,5 @@
 """How good generated images are: files of samples, distances between sets of images, a judge of classes,
 nearest views.
 
-`model/evaluate.py` puts the parts together; `command` is its command line.
+`evaluation` puts the parts together; `command` is its command line.
 """

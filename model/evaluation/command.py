@@ -159,7 +159,7 @@ def evaluate_command(
 def _evaluate_file(
     samples: Path, reference: str, extractors: list[str], output_dir: Path, device: Any, ranks: Ranks
 ) -> dict[str, float]:
-    from model.evaluate import evaluate_file
+    from model.evaluation.evaluation import evaluate_file
     from model.evaluation.features import load_extractor
     from model.evaluation.sources import NpzImages
 
@@ -186,7 +186,7 @@ def _evaluate_model(
 ) -> dict[str, float]:
     """`reference` None: only the samples are made."""
     from model.data.places import Places
-    from model.evaluate import Evaluation
+    from model.evaluation.evaluation import Evaluation
     from model.evaluation.features import load_extractor
     from model.pipeline import LaMambaPipeline
 

@@ -13,9 +13,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from model.data.places import RESERVED_VIEW_IDS, Places
-from model.evaluate import Evaluation, evaluate_file
 from model.evaluation.command import evaluate_command
 from model.evaluation.config import EvaluationConfig
+from model.evaluation.evaluation import Evaluation, evaluate_file
 from model.evaluation.sources import NpzImages
 from model.lock_file import locked
 from model.pipeline import LaMambaPipeline
@@ -133,7 +133,7 @@ def test_evaluation_goes_on_with_what_an_interrupted_one_made(
         raise AssertionError("made twice")
 
     first = _evaluate(pipeline, places, tmp_path)
-    monkeypatch.setattr("model.evaluate.train_judge", again)
+    monkeypatch.setattr("model.evaluation.evaluation.train_judge", again)
     monkeypatch.setattr(LaMambaPipeline, "generate", again)
     assert _evaluate(pipeline, places, tmp_path)["metrics"] == first["metrics"]
     with pytest.raises(AssertionError, match="made twice"):

@@ -1,7 +1,7 @@
 """Evaluate generated images: `lamamba evaluate --model DIR --output-dir OUT`.
 
-The images of a model, at each guidance scale, go into an .npz (`evaluation.samples`) and are compared with a
-reference by each extractor (`evaluation.measure`). A reference is a file of ADM's, an .npz, a folder of
+The images of a model, at each guidance scale, go into an .npz (`samples`) and are compared with a
+reference by each extractor (`measure`). A reference is a file of ADM's, an .npz, a folder of
 pictures, or `num` reserved views of places. With places there is more, as its views have no end:
 
 Floor: what the metrics say of the next `num` reserved views, equal in distribution, with so few images.
