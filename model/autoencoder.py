@@ -7,7 +7,7 @@ diffusion model sees scaled latents of about unit variance:
 with shift and scale from the autoencoder's config: `scaling_factor` and `shift_factor`, or, per channel,
 `latents_mean` and `latents_std`. Decoding works in bounded micro-batches, large images in overlapping tiles.
 
-Legend: n images, C latent channels, H, W pixels, h, w latent positions. Training is in train_autoencoder.py.
+Legend: n images, C latent channels, H, W pixels, h, w latent positions. Training is in autoencoder_training/
 """
 
 from __future__ import annotations

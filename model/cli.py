@@ -14,8 +14,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from model.autoencoder_training.command import AUTOENCODER_EXAMPLES, train_autoencoder_command
 from model.benchmark.command import bench_app
-from model.cli_autoencoder import AUTOENCODER_EXAMPLES, train_autoencoder_command
 from model.cli_prepare import PREPARE_EXAMPLES, prepare_latents_command
 from model.cli_sample import SAMPLE_EXAMPLES, sample
 from model.evaluation.command import EVALUATE_EXAMPLES, evaluate_command

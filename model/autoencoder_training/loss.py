@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from model.autoencoder_config import AutoencoderTrainingConfig
+from model.autoencoder_training.config import AutoencoderTrainingConfig
 
 __all__ = ["AutoencoderLoss", "ChannelsLastGroupNorm", "use_channels_last_group_norm"]
 

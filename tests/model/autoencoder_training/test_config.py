@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder, parse_settings
+from model.autoencoder_training.config import AutoencoderTrainingConfig, build_autoencoder, parse_settings
 
 TINY = AutoencoderTrainingConfig(
     block_out_channels=(4, 4, 8, 8), norm_num_groups=4, sizes=(16, 32), crop=16, batch_size=4

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from model.autoencoder import Autoencoder
-from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder
-from model.data.places import RESERVED_VIEW_IDS, Places
-from model.evaluate_autoencoder import (
+from model.autoencoder_training.config import AutoencoderTrainingConfig, build_autoencoder
+from model.autoencoder_training.measures import (
     gradient_energy,
     latent_statistics,
     normalise_latents,
@@ -17,6 +16,7 @@ from model.evaluate_autoencoder import (
     reconstruction_metrics,
     reconstruction_picture,
 )
+from model.data.places import RESERVED_VIEW_IDS, Places
 
 CONFIG = AutoencoderTrainingConfig(
     block_out_channels=(4, 4, 8, 8), norm_num_groups=4, sizes=(16, 32), crop=16, batch_size=4

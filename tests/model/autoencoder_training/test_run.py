@@ -11,15 +11,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from model import autoencoder_loss, train_autoencoder
 from model.autoencoder import Autoencoder
-from model.autoencoder_config import AutoencoderTrainingConfig
-from model.autoencoder_loss import AutoencoderLoss
-from model.checkpoint import load_newest_state
+from model.autoencoder_training import loss as autoencoder_loss
+from model.autoencoder_training import run as autoencoder_run
+from model.autoencoder_training.config import AutoencoderTrainingConfig
+from model.autoencoder_training.loss import AutoencoderLoss
+from model.autoencoder_training.perceptual_loss import PerceptualLoss
+from model.autoencoder_training.run import train
+from model.autoencoder_training.states import load_newest_state
 from model.cli import app
 from model.data.places import Places
-from model.perceptual_loss import PerceptualLoss
-from model.train_autoencoder import train
 
 TINY = AutoencoderTrainingConfig(
     block_out_channels=(4, 4, 8, 8),
@@ -74,7 +75,7 @@ def test_train_stopped_and_resumed_equals_straight(
     straight: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, metrics = straight
-    log = train_autoencoder._log
+    log = autoencoder_run._log
 
     def stop_after_three(path: Path, run: Any, *rest: Any) -> None:
         log(path, run, *rest)
@@ -82,7 +83,7 @@ def test_train_stopped_and_resumed_equals_straight(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr(train_autoencoder, "_log", stop_after_three)
+        context.setattr(autoencoder_run, "_log", stop_after_three)
         with pytest.raises(KeyboardInterrupt):
             train(TINY, tmp_path / "resumed", "cpu")
     resumed = train(TINY, tmp_path / "resumed", "cpu")
@@ -134,7 +135,7 @@ def test_train_refuses_another_config_in_the_same_folder(straight: tuple[Path, d
         train(replace(TINY, kl_weight=1.0), folder, "cpu")
 
 
-def _flat(run: train_autoencoder._Run) -> torch.Tensor:
+def _flat(run: autoencoder_run._Run) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in run.parameters])
 
 
@@ -146,9 +147,9 @@ def test_captured_steps_are_the_steps(tmp_path: Path) -> None:
     terms, weights = [], []
     for captured in (False, True):
         config = replace(TINY, cuda_graph=captured)
-        run = train_autoencoder._Run(config, tmp_path / str(captured), torch.device("cuda"))
+        run = autoencoder_run._Run(config, tmp_path / str(captured), torch.device("cuda"))
         start = _flat(run)
-        step = train_autoencoder._ready_step(run, places)
+        step = autoencoder_run._ready_step(run, places)
         assert torch.equal(_flat(run), start)
         rows = []
         for run.step in range(6):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder
-from model.autoencoder_loss import (
+from model.autoencoder_training.config import AutoencoderTrainingConfig, build_autoencoder
+from model.autoencoder_training.loss import (
     AutoencoderLoss,
     ChannelsLastGroupNorm,
     _channel_divergence,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import load_newest_state, save_state
+from model.autoencoder_training.states import load_newest_state, save_state
 
 
 def test_load_newest_state_of_an_empty_folder_is_none(tmp_path: Path) -> None:

