@@ -226,16 +226,17 @@ def test_every_expression_is_of_metrics_that_the_service_exports() -> None:
     assert unknown_metrics(mistakes) == {"lamamba_image_total", "job:lamamba_images:rate6m"}
 
 
-def test_the_rules_look_at_routes_that_there_are() -> None:
-    paths = create_app(Settings()).openapi()["paths"]
-    routes = {
-        route
+def test_the_rules_look_at_codes_and_bounds_that_there_are() -> None:
+    exported = Metrics().render().decode()
+    selectors = {
+        (label, value)
         for rule in rules()
-        for found in re.findall(r'route=~"([^"]*)"', rule["expr"])
-        for route in found.split("|")
+        for label, values in re.findall(r'\b(code|le)[=!]~?"([^"]*)"', rule["expr"])
+        for value in values.split("|")
     }
-    assert routes == {"/generate", "/v1/images/generations"}
-    assert routes <= paths.keys()
+    assert {label for label, _ in selectors} == {"code", "le"}
+    assert [value for label, value in selectors if f'{label}="{value}"' not in exported] == []
+    assert 'code="model_load_fails"' not in exported
 
 
 def test_the_dashboard_is_what_its_code_writes(tmp_path: Path) -> None:
