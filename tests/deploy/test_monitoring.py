@@ -134,8 +134,7 @@ def running_prometheus(target: str, folder: Path) -> Iterator[str]:
     service["static_configs"] = [{"targets": [target.removeprefix("http://")]}]
     config["scrape_configs"] = [service]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     command = [program("prometheus"), "--config.file=prometheus.yml", "--storage.tsdb.path=data"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -148,6 +147,27 @@ def running_prometheus(target: str, folder: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(TIMEOUT_S)
+
+
+@contextmanager
+def running_alertmanager(folder: Path) -> Iterator[str]:
+    """Alertmanager with our configuration; gives its URL."""
+    address = free_address()
+    files = [f"--config.file={ALERTMANAGER / 'alertmanager.yml'}", f"--storage.path={folder}"]
+    command = [program("prometheus-alertmanager"), *files, "--cluster.listen-address="]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*command, f"--web.listen-address={address}"], stderr=log)
+    try:
+        wait_until(lambda: httpx.get(f"http://{address}/-/ready", trust_env=False).status_code == 200)
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(TIMEOUT_S)
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def put_under_load(url: str, stop: threading.Event) -> None:
@@ -260,6 +280,42 @@ def test_every_alert_has_a_runbook_a_severity_and_a_unit_test() -> None:
         assert alert["labels"]["severity"] in ("critical", "warning")
         assert f"#{name.lower()})" in DASHBOARD.read_text()
     assert fired == {alert["alert"] for alert in alerts}
+
+
+def test_a_dead_server_hides_its_own_alerts_and_no_others(tmp_path: Path) -> None:
+    alerts = {  # name: labels beside it
+        "LaMambaDown": {"severity": "critical", "job": "one", "instance": "a"},
+        "LaMambaNoImages": {"severity": "critical", "job": "one", "instance": "a"},
+        "LaMambaModelNotLoaded": {"severity": "critical", "job": "one", "instance": "b"},
+        "LaMambaSaturated": {"severity": "warning", "job": "one"},
+        "LaMambaErrorBudgetBurn": {"severity": "critical", "job": "one"},
+    }
+    sent = [{"alertname": name} | labels for name, labels in alerts.items()]
+    # Another service: it has no server, and one of its two kinds of the same alert is the page's.
+    sent += [{"alertname": "LaMambaDown", "severity": "critical", "job": "two"}]
+    sent += [{"alertname": "LaMambaQueueFull", "severity": "warning", "job": "two"}]
+    for job in ("one", "three"):
+        sent += [{"alertname": "LaMambaErrorBudgetBurn", "severity": "warning", "job": job}]
+    with running_alertmanager(tmp_path) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        answer = client.post("/api/v2/alerts", json=[{"labels": labels} for labels in sent])
+        assert answer.status_code == 200
+
+        def hidden() -> set[tuple[str, str, str]]:
+            return {
+                (alert["labels"]["job"], alert["labels"]["alertname"], alert["labels"]["severity"])
+                for alert in client.get("/api/v2/alerts").json()
+                if alert["status"]["inhibitedBy"]
+            }
+
+        explained = {
+            ("one", "LaMambaNoImages", "critical"),
+            ("one", "LaMambaErrorBudgetBurn", "warning"),
+            ("two", "LaMambaQueueFull", "warning"),
+        }
+        with suppress(TimeoutError):
+            wait_until(lambda: len(client.get("/api/v2/alerts").json()) == len(sent))
+            wait_until(lambda: explained <= hidden())
+        assert hidden() == explained
 
 
 def test_under_load_every_expression_gives_a_value(prometheus_url: str) -> None:
