@@ -76,7 +76,7 @@ VOLUME /var/cache/lamamba
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
-    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"LAMAMBA_PORT\"]}/health/ready', timeout=4)"]
+    CMD ["python3", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ[\"LAMAMBA_PORT\"]}/health/ready', timeout=4)"]
 CMD ["lamamba", "serve"]
 
 FROM ${PYTHON_IMAGE} AS cpu
@@ -106,5 +106,5 @@ VOLUME /var/cache/lamamba
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
-    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"LAMAMBA_PORT\"]}/health/ready', timeout=4)"]
+    CMD ["python3", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ[\"LAMAMBA_PORT\"]}/health/ready', timeout=4)"]
 CMD ["lamamba", "serve"]

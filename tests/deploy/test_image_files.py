@@ -4,12 +4,15 @@ reproducible, than they say. test_docker.py runs them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,32 @@ def test_both_images_run_the_same() -> None:
     assert "USER 10001:10001" in stage("cpu")
 
 
+@pytest.mark.parametrize("status", [200, 503])
+def test_the_health_check_asks_the_server_past_any_proxy(status: int) -> None:
+    class Probed(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health/ready" else 404)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    found = re.search(r"^HEALTHCHECK .*\\\n +CMD (\[.*\])$", stage("cpu"), re.MULTILINE)
+    assert found
+    _, *arguments = json.loads(found[1])
+    with HTTPServer(("127.0.0.1", 0), Probed) as server:
+        asked = threading.Thread(target=server.handle_request, daemon=True)
+        asked.start()
+        proxy = "http://127.0.0.1:1"  # of Docker's config.json, say, which gives it to every container
+        environment = os.environ | {"LAMAMBA_PORT": str(server.server_port), "http_proxy": proxy}
+        environment |= dict.fromkeys(("no_proxy", "NO_PROXY"), "")
+        check = subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, timeout=60, check=False
+        )
+        asked.join(1)
+    assert (check.returncode == 0) == (status == 200)
+
+
 def test_the_label_is_the_packages_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f'org.opencontainers.image.version="{project["version"]}"' in stage("cpu")
@@ -66,6 +95,7 @@ def test_every_container_is_confined_and_pinned(name: str) -> None:
     assert service["mem_limit"]
     assert "healthcheck" in service or name in SERVERS  # theirs is in the image
     if name not in SERVERS:
+        assert service["environment"]["http_proxy"] == service["environment"]["HTTP_PROXY"] == ""
         assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", service["image"])
     for port in service["ports"]:
         assert port.startswith("${BIND_ADDRESS:-127.0.0.1}:")
