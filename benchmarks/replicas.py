@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -147,14 +147,14 @@ def configuration(template: str, port: int, servers: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def balanced(program: Path, replicas: Sequence[Replica]) -> Iterator[tuple[str, Callable[[], list[Route]]]]:
-    """HAProxy before the replicas: its URL, and what reads its log.
+def balanced(program: Path, servers: Mapping[str, str]) -> Iterator[tuple[str, Callable[[], list[Route]]]]:
+    """HAProxy before servers, whose URLs are given by name: its URL, and what reads its log.
 
     Shared libraries are also looked for beside the program. Raises RuntimeError with its words where it does
     not serve.
     """
     port = free_port()
-    addresses = {replica.name: replica.server.url.removeprefix("http://") for replica in replicas}
+    addresses = {name: url.removeprefix("http://") for name, url in servers.items()}
     beside = str(program.resolve().parent)
     inherited = os.environ.get("LD_LIBRARY_PATH")
     environment = dict(os.environ) | {"LD_LIBRARY_PATH": f"{beside}:{inherited}" if inherited else beside}
@@ -180,6 +180,10 @@ def balanced(program: Path, replicas: Sequence[Replica]) -> Iterator[tuple[str, 
         finally:
             process.kill()
             process.wait()
+
+
+def _urls(replicas: Iterable[Replica]) -> dict[str, str]:
+    return {replica.name: replica.server.url for replica in replicas}
 
 
 def _ready(url: str) -> bool:
@@ -493,7 +497,7 @@ def run(
             each = capacity(mix, MAX_ROWS, before.step_s)
             rate = round(given.share * number * each, 4)
             plan = arrivals_at(rate, mix, **results["arrivals"])
-            with balanced(program, loaded) as (url, _):
+            with balanced(program, _urls(loaded)) as (url, _):
                 report = observer(f"{number} replicas, balanced", len(plan))
                 outcomes = asyncio.run(open_loop(url, plan, timeout_s=TIMEOUT_S, report=report))
             figures = summarize(outcomes)
@@ -555,7 +559,7 @@ def measure_ends(
         (2 * last_s / 3, killed.server, signal.SIGKILL),
     ]
     before = {replica.name: len(replica.answered()) for replica in replicas}
-    with balanced(program, replicas) as (url, log):
+    with balanced(program, _urls(replicas)) as (url, log):
         outcomes, times = asyncio.run(load_with_ends(url, plan, ends, report))
         try:
             exit_code = terminated.server.process.wait(END_LIMIT_S)
