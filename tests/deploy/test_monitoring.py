@@ -96,7 +96,11 @@ def dashboard_expressions() -> list[str]:
 
 def unknown_metrics(expressions: Iterable[str]) -> set[str]:
     """The names in the expressions that neither the service exports nor a rule records."""
-    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+    suffixes = {
+        "counter": ("_total", "_created"),
+        "histogram": ("_bucket", "_sum", "_count", "_created"),
+        "gauge": ("",),
+    }
     known = {
         family.name + suffix for family in Metrics().registry.collect() for suffix in suffixes[family.type]
     }
@@ -280,6 +284,16 @@ def test_every_alert_has_a_runbook_a_severity_and_a_unit_test() -> None:
         assert alert["labels"]["severity"] in ("critical", "warning")
         assert f"#{name.lower()})" in DASHBOARD.read_text()
     assert fired == {alert["alert"] for alert in alerts}
+
+
+def test_panels_that_runbooks_name_are_there() -> None:
+    _, _, runbooks = (ROOT / "docs" / "operations.md").read_text().partition("\n## Runbooks\n")
+    board = json.loads(DASHBOARD.read_text())
+    titles = {panel["title"] for panel in board["panels"]}
+    titles |= {variable["label"] for variable in board["templating"]["list"]}
+    named = set(re.findall(r'"([A-Z][^"]*)"', runbooks))
+    assert len(named) > 5
+    assert named <= titles
 
 
 def test_a_dead_server_hides_its_own_alerts_and_no_others(tmp_path: Path) -> None:
