@@ -6,7 +6,9 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import shutil
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +68,17 @@ def test_every_object_and_its_pods_are_valid(version: str) -> None:
 
 def test_the_ray_service_has_the_serve_config() -> None:
     assert yaml.safe_load(built().one("RayService")["spec"]["serveConfigV2"]) == SERVE
+
+
+def test_the_image_of_both_pods_can_be_named_at_once(tmp_path: Path) -> None:
+    tree = shutil.copytree(RAY, tmp_path / "ray")
+    file = tree / "kustomization.yaml"
+    named = {"images": [{"name": "lamamba", "newName": "registry/lamamba", "digest": "sha256:0123"}]}
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | named))
+    manifests = Manifests(kustomize(tree))
+    for path in TEMPLATES:
+        [container] = template(manifests, path)["template"]["spec"]["containers"]
+        assert container["image"] == "registry/lamamba@sha256:0123"
 
 
 def test_ray_is_everywhere_the_version_that_is_installed() -> None:
