@@ -3,6 +3,7 @@
 #   docker build --target cuda -t lamamba:cuda .
 # TORCH_INDEX_URL is where torch comes from: empty, pip's default index, whose build brings CUDA's libraries along.
 # EXTRAS are the package's extras that are installed: otel, for traces; otel,ray for Ray Serve (k8s/ray/).
+# REVISION is the commit, for the image's label: --build-arg REVISION="$(git rev-parse HEAD)".
 # Behind a proxy, or from mirrors: the images and PIP_INDEX_URL are arguments, and two secrets, each if needed, are
 #   --secret id=ca_bundle,src=FILE (what pip trusts) and --secret id=pip_conf,src=FILE (an index with a password).
 ARG PYTHON_IMAGE=python:3.11-slim

@@ -300,7 +300,9 @@ def test_components_can_be_added(tmp_path: Path, environment: pytest.MonkeyPatch
         environment.setenv(variable, value)
     mounted = {mount["mountPath"] for mount in manifests.container["volumeMounts"]}
     assert str(load_settings().model_repository) in mounted
-    assert len(manifests.all("NetworkPolicy")) == 2
+    [closed, hub] = manifests.all("NetworkPolicy")
+    assert hub["spec"]["podSelector"] == closed["spec"]["podSelector"]
+    assert [[port["port"] for port in rule["ports"]] for rule in hub["spec"]["egress"]] == [[53, 53], [443]]
 
 
 def test_checkov_finds_nothing_else_than_is_explained(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_application_is_the_one_in_the_code() -> None:
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=["head", "worker"])
-def test_pods_are_restricted_and_spread_requests(path: tuple[str | int, ...]) -> None:
+def test_pods_are_restricted_spread_requests_and_tell_nobody_of_them(path: tuple[str | int, ...]) -> None:
     pod = template(built(), path)["template"]
     [container] = pod["spec"]["containers"]
     assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
@@ -113,6 +113,7 @@ def test_pods_are_restricted_and_spread_requests(path: tuple[str | int, ...]) ->
     assert {"readinessProbe", "livenessProbe"} <= container.keys()
     assert pod["spec"]["enableServiceLinks"] is False
     assert {"name": "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING", "value": "0"} in container["env"]
+    assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"]
     assert {volume["name"] for volume in pod["spec"]["volumes"]} == {
         mount["name"] for mount in container["volumeMounts"]
     }
