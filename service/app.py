@@ -97,7 +97,7 @@ def create_app(
         metrics=runtime.metrics,
     )
     app.add_middleware(AuthenticationMiddleware, keys=keys, metrics=runtime.metrics)
-    app.add_middleware(RequestContextMiddleware, metrics=runtime.metrics)
+    app.add_middleware(RequestContextMiddleware, metrics=runtime.metrics, ending=lambda: runtime.ending)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

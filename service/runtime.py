@@ -128,6 +128,11 @@ class Runtime:
         return self._engine is not None
 
     @property
+    def ending(self) -> bool:
+        """Whether the process draws to its end, so that a client should come back to another one."""
+        return self.state in (RuntimeState.DRAINING, RuntimeState.FAILED)
+
+    @property
     def idle(self) -> bool:
         """Whether every accepted request is answered."""
         return self._engine is None or self._engine.idle

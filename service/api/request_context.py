@@ -22,6 +22,8 @@ from service.errors import ServiceError
 from service.logs import request_id_variable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from service.metrics import Metrics
@@ -36,11 +38,16 @@ _logger = logging.getLogger("service.access")
 
 
 class RequestContextMiddleware:
-    """Wraps an app; pure ASGI, so that routes still see their client disconnect."""
+    """Wraps an app; pure ASGI, so that routes still see their client disconnect.
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    Answers while `ending` holds close their connection: a client that keeps it would try again here, where a
+    new one, behind a balancer of connections, leads to a server that takes its request.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, ending: Callable[[], bool]) -> None:
         self._app = app
         self._metrics = metrics
+        self._ending = ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,6 +67,8 @@ class RequestContextMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"  # bytes are what their type says
+                if self._ending():
+                    headers["Connection"] = "close"
             await send(message)
 
         try:

@@ -229,6 +229,7 @@ def test_sigterm_finishes_accepted_work_while_probes_say_draining() -> None:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
             while not server.started:  # noqa: ASYNC110 - uvicorn offers no event
                 await asyncio.sleep(0.001)
+            before = await client.get("/version")
             in_flight = asyncio.Event()
             loop = asyncio.get_running_loop()
 
@@ -244,7 +245,11 @@ def test_sigterm_finishes_accepted_work_while_probes_say_draining() -> None:
             assert (await client.get("/health/startup")).status_code == 200
             refused = await client.post("/generate", json=BODY)
             gate.set()
-            assert (await request).status_code == 200
+            accepted = await request
+            assert accepted.status_code == 200
+            # Else a client that keeps its connection would be refused here, beside servers that work.
+            assert [answer.headers["connection"] for answer in (refused, accepted)] == ["close", "close"]
+            assert "connection" not in before.headers
             assert (ready.status_code, ready.json()["status"]) == (503, "draining")
             assert live.status_code == 200
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
