@@ -8,12 +8,13 @@ from typing import Any
 
 from tests.deploy.test_image_files import SENDING_S
 
-__all__ = ["POLICY", "WRITTEN", "Manifests", "violations"]
+__all__ = ["POLICY", "START_S", "WRITTEN", "Manifests", "violations"]
 
 RESTRICTED_VOLUMES = {  # of the Pod Security Standard "restricted"
     "configMap", "csi", "downwardAPI", "emptyDir",
     "ephemeral", "persistentVolumeClaim", "projected", "secret",
 }  # fmt: skip
+START_S = 300  # that the image's health check waits for a start
 WRITTEN = ("/tmp", "/var/cache/lamamba")  # by the image, whose root is read-only
 
 
@@ -78,6 +79,11 @@ class Manifests:
             name: self.container.get(f"{name}Probe", {}) for name in ("startup", "readiness", "liveness")
         }
         return {name: probe["httpGet"]["path"] for name, probe in probes.items() if _port(probe) == "http"}
+
+    def startup_s(self) -> float:
+        """Seconds after which a pod that has not started is started again."""
+        probe = self.container["startupProbe"]
+        return float(probe["periodSeconds"] * probe["failureThreshold"])
 
     def autoscaled(self) -> bool:
         """Whether one autoscaler, which keeps two replicas and more, owns the Deployment's replicas."""
@@ -151,6 +157,9 @@ POLICY: dict[str, Callable[[Manifests], bool]] = {
     "keys come from a Secret": lambda m: m.secret_file() and not m.all("Secret"),
     "probes": lambda m: (
         m.probed() == {"startup": "/health/startup", "readiness": "/health/ready", "liveness": "/health/live"}
+    ),
+    "a start has time": lambda m: (
+        START_S <= m.startup_s() < m.one("Deployment")["spec"]["progressDeadlineSeconds"]
     ),
     "resources": lambda m: m.sized(),
     "cuda means a GPU": lambda m: (

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service import server
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 SERVICES: dict[str, Any] = yaml.safe_load(COMPOSE)["services"]
 SERVERS = ("lamamba", "lamamba-gpu")
-SENDING_S = 10.0  # what service/server.py gives to the last answers after the drain
+SENDING_S = server._GRACE_S  # for the last answers, after the drain
 
 
 def hadolint(text: str) -> subprocess.CompletedProcess[str]:
@@ -68,11 +69,11 @@ def test_the_health_check_asks_the_server_past_any_proxy(status: int) -> None:
     found = re.search(r"^HEALTHCHECK .*\\\n +CMD (\[.*\])$", stage("cpu"), re.MULTILINE)
     assert found
     _, *arguments = json.loads(found[1])
-    with HTTPServer(("127.0.0.1", 0), Probed) as server:
-        asked = threading.Thread(target=server.handle_request, daemon=True)
+    with HTTPServer(("127.0.0.1", 0), Probed) as probed:
+        asked = threading.Thread(target=probed.handle_request, daemon=True)
         asked.start()
         proxy = "http://127.0.0.1:1"  # of Docker's config.json, say, which gives it to every container
-        environment = os.environ | {"LAMAMBA_PORT": str(server.server_port), "http_proxy": proxy}
+        environment = os.environ | {"LAMAMBA_PORT": str(probed.server_port), "http_proxy": proxy}
         environment |= dict.fromkeys(("no_proxy", "NO_PROXY"), "")
         check = subprocess.run(
             [sys.executable, *arguments], env=environment, capture_output=True, timeout=60, check=False

@@ -25,7 +25,7 @@ from service.app import create_app
 from service.errors import StartupError
 from service.settings import ENVIRONMENT_PREFIX, Settings, load_settings
 from tests.deploy.custom_resources import SCHEMAS
-from tests.deploy.kubernetes_policy import POLICY, WRITTEN, Manifests, violations
+from tests.deploy.kubernetes_policy import POLICY, START_S, WRITTEN, Manifests, violations
 from tests.deploy.test_image_files import stage
 from tests.deploy.test_monitoring import program, unknown_metrics
 
@@ -58,6 +58,7 @@ MISTAKES: dict[str, tuple[tuple[str | int, ...], object]] = {  # rule: kind and 
     "no variables of services": ((*POD, "enableServiceLinks"), True),
     "keys come from a Secret": ((*POD, "volumes", 2, "secret", "optional"), True),
     "probes": ((*CONTAINER, "livenessProbe", "httpGet", "path"), "/health/ready"),
+    "a start has time": (("Deployment", "spec", "progressDeadlineSeconds"), 600),
     "resources": ((*CONTAINER, "resources", "requests"), {"cpu": "2"}),
     "cuda means a GPU": (("ConfigMap", "data", "LAMAMBA_DEVICE"), "cuda"),
     "endpoints go before the drain": ((*CONTAINER, "lifecycle"), {}),
@@ -193,6 +194,7 @@ def test_the_pod_is_made_for_the_image() -> None:
     assert context["fsGroup"] == context["runAsGroup"]
     assert f"HOME={WRITTEN[0]} " in stage("cpu")
     assert f"VOLUME {WRITTEN[1]}" in stage("cpu")
+    assert f"--start-period={START_S}s" in stage("cpu")
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

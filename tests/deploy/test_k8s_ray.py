@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -91,7 +92,8 @@ def test_the_application_is_the_one_in_the_code() -> None:
     code = (ROOT / (module.replace(".", "/") + ".py")).read_text()
     assert f"\ndef {function}(" in code
     assert [f"\nclass {deployment['name']}:" in code for deployment in application()["deployments"]] == [True]
-    assert f"_GRACE_S: Final = {GRACE_S}.0" in code
+    [grace_s] = re.findall(r"^_GRACE_S: Final = (\S+)", code, re.MULTILINE)
+    assert float(grace_s) == GRACE_S
     variables = application()["runtime_env"]["env_vars"].items()
     settings = {name.removeprefix(ENVIRONMENT_PREFIX).lower(): value for name, value in variables}
     assert settings.keys() <= Settings.model_fields.keys()
