@@ -1,11 +1,11 @@
 """Train a small f8 AutoencoderKL on views of places: `lamamba train-autoencoder --output-dir DIR`.
 
 Each step renders fresh views and lowers the objective of loss.py and, against a discriminator trained beside
-it, of perceptual_loss.py. Views and noise are functions of (seed, images seen): a run that is stopped goes on from its last checkpoint
-by the same command. `max_seconds` counts training alone, neither start-up and compilation nor the evaluation
-at the end. Outputs: config.json, log.jsonl, states/, and at the end vae/ (fp16 EMA weights, latents
-normalised), metrics.json and reconstructions.png. On CUDA a step is one CUDA graph, from the views to the
-weights' average.
+it, of perceptual_loss.py. Views and noise are functions of (seed, images seen): a run that is stopped goes
+on from its last checkpoint by the same command. `max_seconds` counts training alone, neither start-up and
+compilation nor the evaluation at the end. Outputs: config.json, log.jsonl, states/, and at the end vae/
+(fp16 EMA weights, latents normalised), metrics.json and reconstructions.png. On CUDA a step is one CUDA
+graph, from the views to the weights' average.
 
 Legend: n images, C latent channels, H, W pixels, h, w latent positions.
 """
