@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -283,7 +283,7 @@ class LaMambaPipeline:
 
         Raises ValueError naming the accepted range, or the nearest names.
         """
-        if isinstance(class_id, str) and not (class_id.isascii() and class_id.strip().isdecimal()):
+        if isinstance(class_id, str) and not _is_number(class_id):
             named = self.label_index(class_id)
             if named is not None:
                 return named
@@ -298,9 +298,17 @@ class LaMambaPipeline:
         return index
 
     def label_index(self, label: str) -> int | None:
-        """The class of that name, as `class_index` reads it; None where there is none, without a search."""
-        wanted = label.strip().casefold()
-        return next((index for index, own in enumerate(self.labels) if own.casefold() == wanted), None)
+        """The class that a text names, as `class_index` reads it; None where there is none, without a
+        search.
+        """
+        if _is_number(label):
+            return index if (index := int(label)) < self.num_classes else None
+        return self._indices.get(label.strip().casefold())
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        """Of the labels; of two alike, the first one's."""
+        return {label.casefold(): index for index, label in reversed(list(enumerate(self.labels)))}
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -458,6 +466,10 @@ class LaMambaPipeline:
             if progress is not None:
                 progress(images)
         return latents
+
+
+def _is_number(class_id: str) -> bool:
+    return class_id.isascii() and class_id.strip().isdecimal()
 
 
 def _latent_shape(network: DiffusionNetwork) -> tuple[int, int, int]:

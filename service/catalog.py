@@ -140,16 +140,14 @@ class ServedModel:
         Raises InvalidField; for a text that is no label with those near it, whose search among a thousand
         takes up to 0.1 s.
         """
-        accepted = self.accepted()["class_id"]
-        if not self.conditional:
-            if class_id is not None:
-                raise InvalidField("class_id", class_id, accepted)
+        if not self.conditional and class_id is None:
             return self.pipeline.null_label
-        if class_id is None:
-            raise InvalidField("class_id", None, accepted)
+        if not self.conditional or class_id is None:
+            raise InvalidField("class_id", class_id, self.accepted()["class_id"])
         try:
             return self.pipeline.class_index(class_id)
         except ValueError as error:
+            accepted = self.accepted()["class_id"]
             _, _, hint = str(error).partition("; the nearest of ")
             raise InvalidField(
                 "class_id", class_id, f"{accepted}; the nearest of {hint}" if hint else accepted
@@ -245,10 +243,9 @@ class Catalog:
 
     def select(self, name: str | None, resolution: int | None) -> ServedModel:
         """The model that a request means: by `model`, by `resolution`, or else the default one."""
-        accepted = self.accepted()
         if name is not None:
             if name not in self._by_name:
-                raise InvalidField("model", name, accepted["model"], by="this server")
+                raise InvalidField("model", name, self.accepted()["model"], by="this server")
             model = self._by_name[name]
             if resolution not in (None, model.pipeline.resolution):
                 raise InvalidField("resolution", resolution, model.accepted()["resolution"])
@@ -257,7 +254,7 @@ class Catalog:
             return self.default
         matching = [model for model in self.models if model.pipeline.resolution == resolution]
         if not matching:
-            raise InvalidField("resolution", resolution, accepted["resolution"], by="this server")
+            raise InvalidField("resolution", resolution, self.accepted()["resolution"], by="this server")
         if len(matching) > 1:
             names = _alternatives([model.name for model in matching])
             raise InvalidField("model", None, f"{names} at resolution {resolution}", by="this server")

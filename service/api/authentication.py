@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from starlette.datastructures import Headers
@@ -33,6 +34,7 @@ _OPEN_PATHS: Final = frozenset(
     {"/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/metrics", "/version", "/favicon.ico"}
 )
 _OPEN_FOLDERS: Final = ("/health/", "/web/", "/admin/")  # the last one has a key of its own
+_MAX_READ_ADDRESSES: Final = 1024  # which are not read again: most requests come from where others did
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class AuthenticationMiddleware:
             return
         key = given_key(Headers(scope=scope)) if self._keys else None
         name = None if key is None else self._keys.name_of(key)
-        scope["state"][CLIENT] = Client(key_name=name, address=_address(scope))
+        host = (scope.get("client") or ("unknown", 0))[0]
+        scope["state"][CLIENT] = Client(key_name=name, address=_address(host))
         if name is not None:
             self._metrics.api_key_requests.labels(name).inc()
         if self._keys and name is None and not _open(route_path(scope)):
@@ -99,13 +102,13 @@ def given_key(headers: Headers) -> str | None:
     return headers.get("x-api-key") or None
 
 
-def _address(scope: Scope) -> str:
+@lru_cache(maxsize=_MAX_READ_ADDRESSES)
+def _address(host: str) -> str:
     """The client's address; of IPv6 the /64, which is what one customer has."""
-    host = (scope.get("client") or ("unknown", 0))[0]
     try:
         address = ipaddress.ip_address(host)
     except ValueError:  # a name, such as a test's or a Unix socket's
-        return str(host)
+        return host
     if address.version == 4:
         return str(address)
     if address.ipv4_mapped is not None:  # as a socket for both versions has it, in a /64 of all of IPv4

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import time
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -74,7 +75,7 @@ async def generate_images(
     """
     started = time.monotonic()
     with _in_fields_of(body):
-        wanted = body.as_generate_request(runtime.catalog.accepted(body.model))
+        wanted = body.as_generate_request(partial(runtime.catalog.accepted, body.model))
         await refuse_unknown_label(runtime, wanted)
 
     def accepted(watcher: EventWatcher | None = None) -> Answer:

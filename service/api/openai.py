@@ -21,7 +21,7 @@ from service.api.schemas import MAX_TEXT, GenerateRequest, RequestBody
 from service.errors import InvalidField
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from starlette.types import Scope
 
@@ -113,8 +113,11 @@ class ImagesRequest(RequestBody):
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="As in /generate.")
     image_index: int | None = Field(0, ge=0, le=MAX_IMAGE_INDEX, description="As in /generate.")
 
-    def as_generate_request(self, accepted: Mapping[str, str]) -> GenerateRequest:
-        """The same request to `/generate`. Raises InvalidField, in its words, for a size that is none."""
+    def as_generate_request(self, accepted: Callable[[], Mapping[str, str]]) -> GenerateRequest:
+        """The same request to `/generate`.
+
+        Raises InvalidField, in its words, for a size that is none; `accepted` says what could be given.
+        """
         compression = 100 if self.output_compression is None else self.output_compression
         fields = {
             "class_id": self.prompt.strip() or None if isinstance(self.prompt, str) else self.prompt,
@@ -133,12 +136,12 @@ class ImagesRequest(RequestBody):
         }
         return GenerateRequest.model_validate({k: v for k, v in fields.items() if v is not None})
 
-    def _resolution(self, accepted: Mapping[str, str]) -> int | None:
+    def _resolution(self, accepted: Callable[[], Mapping[str, str]]) -> int | None:
         if self.size in (None, "auto"):
             return None
         match = _SIZE.fullmatch(self.size or "")
         if match is None:
-            raise InvalidField("resolution", self.size, accepted["resolution"], by="this server")
+            raise InvalidField("resolution", self.size, accepted()["resolution"], by="this server")
         return int(match[1])
 
 

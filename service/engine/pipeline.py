@@ -75,4 +75,4 @@ class ServedPipeline(Protocol):
         """The class of an id or a label; ValueError names the accepted ids and labels near a wrong one."""
 
     def label_index(self, label: str) -> int | None:
-        """The class of that name; None where there is none, without a search for near ones."""
+        """The class of that label or number; None where there is none, without a search for near ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,15 @@ def test_an_interval_that_the_process_has_not_is_refused_before_anything_runs() 
 @pytest.mark.parametrize("name", ["blue house", " Blue House ", 1, "1"], ids=repr)
 def test_class_index_takes_numbers_and_names(pipeline: LaMambaPipeline, name: int | str) -> None:
     assert pipeline.class_index(name) == 1
+
+
+def test_label_index_finds_what_class_index_takes_and_nothing_else(pipeline: LaMambaPipeline) -> None:
+    assert [pipeline.label_index(text) for text in (" Blue House ", "1")] == [1, 1]
+    assert [pipeline.label_index(text) for text in ("blue horse", "3", "-1", "\u0661")] == [None] * 4
+
+
+def test_of_two_classes_of_one_name_the_first_is_meant(pipeline: LaMambaPipeline) -> None:
+    assert replace(pipeline, labels=("a", "b", "B")).class_index("b") == 1
 
 
 @pytest.mark.parametrize(
