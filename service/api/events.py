@@ -111,7 +111,8 @@ async def updates(
     try:
         while num_finished < len(jobs):
             try:
-                await asyncio.wait_for(watcher.woken.wait(), _KEEP_ALIVE_S)
+                async with asyncio.timeout(_KEEP_ALIVE_S):
+                    await watcher.woken.wait()
             except TimeoutError:
                 yield None
                 continue
