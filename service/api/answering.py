@@ -1,14 +1,21 @@
 """From a ticket to encoded images, for every route that makes them, and what is said of a finished request.
 
 A client that leaves gives its slots back at the next step. Encoding runs in the runtime's pool, image by
-image as the engine finishes them; the event loop only waits.
+image as the engine finishes them; the event loop only waits. It is one thread for all requests and engines,
+so the threads hand an answer on to each other and wake it once, with the whole response:
+
+    decoder's thread --pixels--> thread of the pool: file, and after the last one the response --> event loop
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from starlette.responses import Response
@@ -18,8 +25,10 @@ from service.errors import InvalidField
 from service.futures import mark_seen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
     from starlette.requests import Request
     from starlette.types import Receive
 
@@ -54,13 +63,15 @@ async def attended(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Res
     """What `work` returns, or None if the client leaves first; then `work` is cancelled and has ended."""
     answer = asyncio.create_task(work)
     departure = asyncio.create_task(_departure(receive))
+    departure.add_done_callback(lambda _: answer.cancel())
     try:
-        await asyncio.wait((answer, departure), return_when=asyncio.FIRST_COMPLETED)
-        return answer.result() if answer.done() else None
+        return await answer
+    except asyncio.CancelledError:
+        if departure.done() and answer.cancelled():
+            return None
+        raise
     finally:
-        answer.cancel()
         departure.cancel()
-        await asyncio.gather(answer, departure, return_exceptions=True)
 
 
 async def respond(
@@ -157,6 +168,10 @@ class Answer:
             "seed": request.seed,
         }
 
+    def encode(self, job: ImageJob, pixels: NDArray[np.uint8]) -> bytes:
+        """The file of an image; takes a while."""
+        return encode_image(pixels, self.format, self.quality, self.metadata(job))
+
     async def image(self, job: ImageJob) -> bytes:
         """One image's file, as soon as its pixels are there."""
         # Shielded: who stops waiting closes the ticket, which the engine would not notice of a single job.
@@ -164,12 +179,12 @@ class Answer:
         result.add_done_callback(mark_seen)  # the images of a request fail together, and one of them is told
         pixels = await result
         return await asyncio.get_running_loop().run_in_executor(
-            self.runtime.encoders, encode_image, pixels, self.format, self.quality, self.metadata(job)
+            self.runtime.encoders, self.encode, job, pixels
         )
 
-    async def images(self) -> list[bytes]:
-        """All files, in order."""
-        return await asyncio.gather(*(self.image(job) for job in self.ticket.jobs))
+    async def written(self, write: Callable[[Answer, Sequence[bytes]], Response]) -> Response:
+        """What `write` makes of all files, in order; called in a thread of the pool."""
+        return await asyncio.wrap_future(_Writing(self, write).response)
 
     def timings(self) -> dict[str, float]:
         """Seconds by stage and in total, once all images are there; they are counted in the metrics.
@@ -184,6 +199,47 @@ class Answer:
             metrics.stage_latency.labels(stage).observe(seconds)
         metrics.e2e_request_latency.observe(total)
         return timings | {"total": total}
+
+
+class _Writing:
+    """An answer on its way through the pool's threads, with nobody to wait between them."""
+
+    def __init__(self, answer: Answer, write: Callable[[Answer, Sequence[bytes]], Response]) -> None:
+        self.response: Future[Response] = Future()
+        self._answer = answer
+        self._write = write
+        self._files: dict[ImageJob, bytes] = {}
+        self._lock = threading.Lock()
+        for job in answer.ticket.jobs:
+            job.result.add_done_callback(partial(self._made, job))
+
+    def _made(self, job: ImageJob, result: Future[NDArray[np.uint8]]) -> None:
+        """Called in the thread that has made the image, failed or given it up."""
+        try:
+            self._answer.runtime.encoders.submit(self._encode, job, result.result())
+        except CancelledError:
+            self.response.cancel()
+        except Exception as error:  # the images of a request fail together, and the first one is told
+            self._fail(error)
+
+    def _encode(self, job: ImageJob, pixels: NDArray[np.uint8]) -> None:
+        if self.response.done():  # failed or given up
+            return
+        try:
+            file = self._answer.encode(job, pixels)
+            with self._lock:
+                self._files[job] = file
+                complete = len(self._files) == len(self._answer.ticket.jobs)
+            if complete:
+                response = self._write(self._answer, [self._files[job] for job in self._answer.ticket.jobs])
+                with contextlib.suppress(InvalidStateError):
+                    self.response.set_result(response)
+        except Exception as error:  # a defect of ours, or no memory for a file: nobody else hears of it
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        with contextlib.suppress(InvalidStateError):  # somebody has been told, or nobody waits
+            self.response.set_exception(error)
 
 
 def begin_trace(request: Request, runtime: Runtime, *, started: float) -> RequestTrace | None:

@@ -33,12 +33,12 @@ from service.api.events import (
     event,
     updates,
 )
-from service.api.negotiate import Representation, negotiate
+from service.api.negotiate import negotiate
 from service.api.responses import AsciiJSONResponse, error_body
 from service.api.schemas import ErrorBody, GenerateRequest, GenerateResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
 __all__ = ["FACT_HEADERS", "router"]
 
@@ -109,19 +109,9 @@ async def generate(
 
     async def make() -> Response:
         with closing(accepted()) as answer:
-            return await _response(answer, representation)
+            return await answer.written(_as_bytes if representation.as_bytes else _as_json)
 
     return await respond(request, runtime, make, key=idempotency_key, content=(body, representation))
-
-
-async def _response(answer: Answer, representation: Representation) -> Response:
-    images = await answer.images()
-    timings = answer.timings()
-    if representation.as_bytes:
-        return _as_bytes(answer, images[0], timings)
-    # 16 images in base64 are megabytes of text: the pool writes them out too.
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(answer.runtime.encoders, _as_json, answer, images, timings)
 
 
 async def _events(answer: Answer, watcher: EventWatcher) -> AsyncIterator[bytes | None]:
@@ -140,7 +130,7 @@ async def _events(answer: Answer, watcher: EventWatcher) -> AsyncIterator[bytes 
         else:
             yield None
     loop = asyncio.get_running_loop()
-    result = await loop.run_in_executor(answer.runtime.encoders, _as_json, answer, images, answer.timings())
+    result = await loop.run_in_executor(answer.runtime.encoders, _as_json, answer, images)
     yield b"event: result\ndata: " + bytes(result.body) + b"\n\n"
 
 
@@ -155,7 +145,7 @@ def _preview(answer: Answer, update: PreviewImage) -> dict[str, Any]:
     }
 
 
-def _as_bytes(answer: Answer, image: bytes, timings: dict[str, float]) -> Response:
+def _as_bytes(answer: Answer, images: Sequence[bytes]) -> Response:
     """One image, the facts in `X-LaMamba-*` headers (percent-encoded), the timings in `Server-Timing`."""
     facts = answer.facts() | {"image_index": answer.ticket.request.image_index}
     headers = {
@@ -164,9 +154,9 @@ def _as_bytes(answer: Answer, image: bytes, timings: dict[str, float]) -> Respon
         if value is not None
     }
     headers["Server-Timing"] = ", ".join(
-        f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in timings.items()
+        f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in answer.timings().items()
     )
-    return Response(image, media_type=MEDIA_TYPES[answer.format], headers=headers)
+    return Response(images[0], media_type=MEDIA_TYPES[answer.format], headers=headers)
 
 
 def _text(value: object) -> str:
@@ -174,9 +164,10 @@ def _text(value: object) -> str:
     return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _as_json(answer: Answer, images: list[bytes], timings: dict[str, float]) -> Response:
+def _as_json(answer: Answer, images: Sequence[bytes]) -> Response:
     """All images in base64, with the facts and the timings."""
     request = answer.ticket.request
+    timings = answer.timings()
     body = {
         "request_id": request.request_id,
         "created": int(time.time()),

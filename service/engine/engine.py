@@ -151,6 +151,8 @@ class Engine:
             watcher=watcher,
             guided_steps=self._guided_steps(request),
         )
+        for job in ticket.jobs:  # before anybody else is told: what is answered has been counted
+            job.result.add_done_callback(partial(self._count_image, ticket))
         with self._changed:
             self._check_alive()
             if self._draining:
@@ -531,9 +533,6 @@ class Engine:
         job.ticket.decoded_at = self._clock()
         with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
             job.result.set_result(pixels)
-            self._metrics.count_image()
-            if job.ticket.made:  # only this thread gives results, so this is the last one
-                self._metrics.request_success.labels("stop").inc()
         if job.ticket.done:
             self._close(job.ticket)
 
@@ -547,6 +546,13 @@ class Engine:
             self._die(error)
 
     # --- every thread ---
+
+    def _count_image(self, ticket: Ticket, result: Future[NDArray[np.uint8]]) -> None:
+        if result.cancelled() or result.exception() is not None:
+            return
+        self._metrics.count_image()
+        if ticket.made:  # only the decoder's thread gives results, so this is the last one
+            self._metrics.request_success.labels("stop").inc()
 
     def _guided_steps(self, request: GenerationRequest) -> range:
         schedule = self._runners[request.lane].pipeline.schedule

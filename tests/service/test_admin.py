@@ -392,7 +392,7 @@ def test_an_answer_that_is_not_read_keeps_no_model(repository: Repository) -> No
     async def talk(client: httpx.AsyncClient) -> None:
         body = GenerateRequest(**BODY)
         answer = accept(app.state.runtime, "a client", body, "r", format="png", quality=90, started=0.0)
-        files = await answer.images()
+        files = [await answer.image(job) for job in answer.ticket.jobs]
         old = weakref.ref(repository.pipelines.pop("small-1"))
         repository.write("small", weights=2)
         assert (await client.post("/admin/models/small/load")).status_code == 200
