@@ -22,7 +22,7 @@ from service.api.answering import (
     refuse_unknown_label,
     respond,
 )
-from service.api.deps import ClientIdentity, GivenIdempotencyKey, ReadyRuntime, RequestId
+from service.api.deps import GivenContext
 from service.api.events import (
     EventStream,
     EventWatcher,
@@ -79,39 +79,37 @@ _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for sta
 async def generate(
     body: GenerateRequest,
     request: Request,
-    runtime: ReadyRuntime,
-    request_id: RequestId,
-    client: ClientIdentity,
-    idempotency_key: GivenIdempotencyKey,
+    context: GivenContext,
 ) -> Response:
     """Generate images: bytes if `Accept` names an image type and there is one image, else JSON in base64.
 
     With `Accept: text/event-stream` events tell of the way there, and the last holds the JSON, or the error.
     """
     started = time.monotonic()
+    runtime = context.runtime
     representation = negotiate(request.headers.get("accept", ""), body)
     await refuse_unknown_label(runtime, body)
     accepted = partial(
         accept,
-        *(runtime, client, body, request_id),
+        *(runtime, context.client, body, context.request_id),
         format=representation.format,
         quality=body.quality,
         started=started,
         trace=begin_trace(request, runtime, started=started),
     )
     if representation.as_events:
-        refuse_streamed(idempotency_key)
+        refuse_streamed(context.idempotency_key)
         watcher = EventWatcher()
         answer = accepted(watcher=watcher)
         return EventStream(
-            answer, _events(answer, watcher), error_event=lambda error: error_body(error, request_id)
+            answer, _events(answer, watcher), error_event=lambda error: error_body(error, context.request_id)
         )
 
     async def make() -> Response:
         with closing(accepted()) as answer:
             return await answer.written(_as_bytes if representation.as_bytes else _as_json)
 
-    return await respond(request, runtime, make, key=idempotency_key, content=(body, representation))
+    return await respond(request, runtime, make, key=context.idempotency_key, content=(body, representation))
 
 
 async def _events(answer: Answer, watcher: EventWatcher) -> AsyncIterator[bytes | None]:

@@ -19,7 +19,7 @@ from service.api.answering import (
     refuse_unknown_label,
     respond,
 )
-from service.api.deps import ClientIdentity, GivenIdempotencyKey, ReadyRuntime, RequestId
+from service.api.deps import GivenContext
 from service.api.events import EventStream, EventWatcher, Finished, PreviewImage, event, updates
 from service.api.openai import (
     ImagesRequest,
@@ -62,10 +62,7 @@ _USAGE = {
 async def generate_images(
     body: ImagesRequest,
     request: Request,
-    runtime: ReadyRuntime,
-    request_id: RequestId,
-    client: ClientIdentity,
-    idempotency_key: GivenIdempotencyKey,
+    context: GivenContext,
 ) -> Response:
     """Generate images: JSON in base64, or with `stream` events: `image_generation.completed` for each
     image, and before it as many `image_generation.partial_image` as `partial_images` says.
@@ -73,6 +70,7 @@ async def generate_images(
     A failure after the first byte of a stream is an `error` event.
     """
     started = time.monotonic()
+    runtime = context.runtime
     with _in_fields_of(body):
         wanted = body.as_generate_request(partial(runtime.catalog.accepted, body.model))
         await refuse_unknown_label(runtime, wanted)
@@ -80,7 +78,7 @@ async def generate_images(
     def accepted(watcher: EventWatcher | None = None) -> Answer:
         with _in_fields_of(body):
             return accept(
-                *(runtime, client, wanted, request_id),
+                *(runtime, context.client, wanted, context.request_id),
                 format=wanted.format or "png",
                 quality=wanted.quality,
                 started=started,
@@ -89,7 +87,7 @@ async def generate_images(
             )
 
     if body.stream:
-        refuse_streamed(idempotency_key)
+        refuse_streamed(context.idempotency_key)
         watcher = EventWatcher()
         answer = accepted(watcher=watcher)
         return EventStream(answer, _events(answer, watcher), error_event=_error_event)
@@ -98,7 +96,7 @@ async def generate_images(
         with closing(accepted()) as answer:
             return await answer.written(_as_json)
 
-    return await respond(request, runtime, make, key=idempotency_key, content=wanted)
+    return await respond(request, runtime, make, key=context.idempotency_key, content=wanted)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from service.api.authentication import Client
-from service.api.deps import ClientIdentity
+from service.api.deps import GivenContext
 from service.api_keys import KeyRing, key_hash, new_key, parse_key_hashes
 from service.app import create_app
 from service.cli import app as command
@@ -188,8 +188,8 @@ def test_a_client_is_an_ipv4_address_or_an_ipv6_network(host: str, address: str)
     named: list[str] = []
 
     @app.get("/who")
-    def who(client: ClientIdentity) -> None:
-        named.append(client)
+    def who(context: GivenContext) -> None:
+        named.append(context.client)
 
     with TestClient(app, client=(host, 1)) as client:
         assert client.get("/who").status_code == 200
