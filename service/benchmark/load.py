@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from secrets import token_hex
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import httpx
 
@@ -97,13 +98,13 @@ async def open_loop(
     `retry_s`: seconds after which a request without an image is tried again, until `timeout_s` have passed;
     None: one try.
     """
-    async with _client(timeout_s) as client:
+    async with _Clients(timeout_s) as clients:
         started = time.perf_counter()
         tasks: list[asyncio.Task[Outcome]] = []
         async with asyncio.TaskGroup() as group:
             for request in planned:
                 await asyncio.sleep(max(0.0, started + request.at_s - time.perf_counter()))
-                sending = _send(client, url, request, started, report, retry_s, timeout_s)
+                sending = _send(clients, url, request, started, report, retry_s, timeout_s)
                 tasks.append(group.create_task(sending))
     return [task.result() for task in tasks]
 
@@ -123,7 +124,7 @@ async def closed_loop(
     """
     outcomes: list[Outcome] = []
     waiting = iter(planned)
-    async with _client(timeout_s) as client:
+    async with _Clients(timeout_s) as clients:
         started = time.perf_counter()
 
         async def send_in_turn() -> None:
@@ -131,7 +132,7 @@ async def closed_loop(
                 now = time.perf_counter() - started
                 if now > max_seconds:
                     return
-                outcomes.append(await _send(client, url, replace(request, at_s=now), started, report))
+                outcomes.append(await _send(clients, url, replace(request, at_s=now), started, report))
 
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
@@ -139,13 +140,40 @@ async def closed_loop(
     return outcomes
 
 
-def _client(timeout_s: float) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False)
+class _Clients:
+    """Clients with one connection each, as many as requests are unanswered at once.
+
+    One client would look at all of its connections, once for each of them, whenever one is taken or given
+    back: with a hundred that costs more than all else, and the load would be limited by who makes it.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._ssl_context = httpx.create_ssl_context(trust_env=False)
+        self._idle: list[httpx.AsyncClient] = []  # the one used last is the last one
+        self._all = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._all.aclose()
+
+    @asynccontextmanager
+    async def lent(self) -> AsyncIterator[httpx.AsyncClient]:
+        """A client that nobody else uses meanwhile."""
+        client = self._idle.pop() if self._idle else await self._all.enter_async_context(self._new())
+        try:
+            yield client
+        finally:
+            self._idle.append(client)
+
+    def _new(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(timeout=self._timeout_s, verify=self._ssl_context, trust_env=False)
 
 
 async def _send(
-    client: httpx.AsyncClient,
+    clients: _Clients,
     url: str,
     request: PlannedRequest,
     started: float,
@@ -157,7 +185,7 @@ async def _send(
     request_ids: list[str] = []
     while True:
         request_ids.append(token_hex(8))
-        status, timings = await _try(client, url, request, request_ids[-1])
+        status, timings = await _try(clients, url, request, request_ids[-1])
         done_s = time.perf_counter() - started
         again = status in _RETRIED or not status.isdigit()
         if retry_s is None or not again or done_s + retry_s > sent_s + timeout_s:
@@ -177,12 +205,13 @@ async def _send(
 
 
 async def _try(
-    client: httpx.AsyncClient, url: str, request: PlannedRequest, request_id: str
+    clients: _Clients, url: str, request: PlannedRequest, request_id: str
 ) -> tuple[str, dict[str, float]]:
     """Status, or the name of the client's error, and the server's timings."""
     headers = {"x-request-id": request_id}
     try:
-        response = await client.post(f"{url}/generate", json=request.body, headers=headers)
+        async with clients.lent() as client:
+            response = await client.post(f"{url}/generate", json=request.body, headers=headers)
     except httpx.TransportError as error:
         return type(error).__name__, {}
     status = str(response.status_code)
