@@ -1,8 +1,9 @@
 """JSON schemas of the custom resources in k8s/, which kubernetes-validate does not know.
 
 They are the fields that the manifests use, with the types and values that the operators themselves allow
-(Prometheus Operator's monitoring.coreos.com/v1, KEDA's keda.sh/v1alpha1, KubeRay's ray.io/v1), and allow no
-other field. Templates of pods within them are for kubernetes-validate.
+(Prometheus Operator's monitoring.coreos.com/v1, KEDA's keda.sh/v1alpha1, KubeRay's ray.io/v1, Kubeflow
+Trainer's trainer.kubeflow.org/v1alpha1 with JobSet's policies), and allow no other field. Templates of pods
+within them are for kubernetes-validate.
 """
 
 from __future__ import annotations
@@ -79,7 +80,81 @@ _FALLBACK = _object(
 _POD_TEMPLATE = _object({"metadata": {"type": "object"}, "spec": {"type": "object"}})
 _RAY_GROUP = {"rayStartParams": _TEXTS, "template": _POD_TEMPLATE}
 
+_REPLICATED_JOB = _object(
+    {
+        "name": _TEXT,
+        "template": _object({"metadata": _object({"labels": _TEXTS}), "spec": {"type": "object"}}),
+    },
+    {"replicas": _COUNT},
+)
+_FAILURE_RULE = _object(
+    {
+        "name": _TEXT,
+        "action": {"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+    },
+    {
+        "onJobFailureReasons": _list(
+            {
+                "enum": [
+                    *("BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes"),
+                    *("MaxFailedIndexesExceeded", "PodFailurePolicy"),
+                ]
+            }
+        ),
+        "targetReplicatedJobs": _list(_TEXT),
+    },
+)
+_FAILURE_POLICY = _object({"maxRestarts": _COUNT}, {"rules": _list(_FAILURE_RULE)})
+_PROCESSES = {"oneOf": [_COUNT | {"minimum": 1}, {"enum": ["auto", "cpu", "gpu"]}]}
+
 SCHEMAS = {
+    "TrainingRuntime": _resource(
+        "trainer.kubeflow.org/v1alpha1",
+        "TrainingRuntime",
+        _object(
+            {
+                "mlPolicy": _object({"numNodes": _COUNT, "torch": _object({"numProcPerNode": _PROCESSES})}),
+                "template": _object(
+                    {
+                        "spec": _object(
+                            {"replicatedJobs": _list(_REPLICATED_JOB)},
+                            {
+                                "failurePolicy": _object(
+                                    {"maxRestarts": _COUNT}, {"rules": _list(_FAILURE_RULE)}
+                                )
+                            },
+                        )
+                    }
+                ),
+            }
+        ),
+    ),
+    "TrainJob": _resource(
+        "trainer.kubeflow.org/v1alpha1",
+        "TrainJob",
+        _object(
+            {
+                "runtimeRef": _object(
+                    {"name": _TEXT},
+                    {
+                        "apiGroup": {"const": "trainer.kubeflow.org"},
+                        "kind": {"enum": ["TrainingRuntime", "ClusterTrainingRuntime"]},
+                    },
+                ),
+                "trainer": _object(
+                    {},
+                    {
+                        "image": _TEXT,
+                        "command": _list(_TEXT),
+                        "args": _list(_TEXT),
+                        "numNodes": _COUNT,
+                        "numProcPerNode": _PROCESSES,
+                        "resourcesPerNode": _object(dict.fromkeys(("requests", "limits"), _TEXTS)),
+                    },
+                ),
+            }
+        ),
+    ),
     "RayService": _resource(
         "ray.io/v1",
         "RayService",
