@@ -331,7 +331,9 @@ def test_checkov_finds_nothing_else_than_is_explained(tmp_path: Path) -> None:
     for failed in json.loads(scan.stdout)["results"]["failed_checks"]:
         found.setdefault(Path(failed["file_path"]).stem, set()).add(failed["check_id"])
     explained = set(yaml.safe_load((K8S / "checkov.yaml").read_text())["skip-check"])
-    assert found == dict.fromkeys([*OVERLAYS, "training"], explained) | {"mistake": explained | {"CKV_K8S_22"}}
+    assert found == dict.fromkeys([*OVERLAYS, "training"], explained) | {
+        "mistake": explained | {"CKV_K8S_22"}
+    }
     (tmp_path / "mistake.yaml").unlink()
     command += ["--config-file", str(K8S / "checkov.yaml"), "--quiet"]
     scan = subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
