@@ -10,7 +10,7 @@ Requests come as a Poisson process and are shared out by one of
 
     random           each to any replica
     round-robin      to one after the other
-    least-of-two     to the one with fewer unfinished images of two that are drawn
+    least-of-two     to the one with fewer unanswered images of two that are drawn
     least            to the one with the fewest of all, of equals to the one that has had so many for longest
                      (HAProxy's `leastconn`)
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import yaml
 
 from model.recipes import load_recipe
 from model.training.config import TrainConfig
+from service.benchmark.server import free_port
 from tests.deploy.kubernetes_policy import RESTRICTED_VOLUMES, WRITTEN, Manifests
 from tests.deploy.test_image_files import stage
 from tests.deploy.test_k8s import K8S, ROOT, VERSIONS, kustomize, refused, with_value
@@ -209,7 +209,7 @@ class IndexedJob:
         self.folder = folder
         self.line = command(built("job")).replace("--nproc-per-node gpu", "--nproc-per-node 1")
         endpoint = option("rdzv-endpoint", self.line)
-        self.line = self.line.replace(endpoint, f"localhost:{_free_port()}")
+        self.line = self.line.replace(endpoint, f"localhost:{free_port()}")
         self.line = self.line.replace(option("config", self.line), str(recipe))
         self.pods = [self._pod(index) for index in range(2)]
         self.failures = [0, 0]
@@ -240,12 +240,6 @@ class IndexedJob:
 
     def log(self) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob("pod-*.log")))
-
-
-def _free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("localhost", 0))
-        return int(bound.getsockname()[1])
 
 
 def _kill(pid: int) -> None:
