@@ -54,8 +54,11 @@ class AveragedAdamW:
         self._adamw = torch.optim.AdamW(
             self.parameters, lr=self._learning_rate, betas=betas, weight_decay=weight_decay, fused=True
         )
-        # What GradScaler sets for the same purpose: a fused step changes nothing where this is 1.
+        # What GradScaler sets for the same purpose: a fused step changes nothing where `found_inf` is 1, and
+        # divides gradients by `grad_scale` as it reads them, which clips without a pass of its own.
+        self._clipping = torch.ones((), device=device)
         self._adamw.found_inf = self.skipped  # type: ignore[attr-defined]
+        self._adamw.grad_scale = self._clipping  # type: ignore[attr-defined]
         # average += weight * (parameter - average) is a step of gradient descent along `-parameter`, with
         # decay 1 and the weight for a learning rate. It passes over memory once, where torch._foreach_lerp_
         # wants a weight that the host knows.
@@ -78,7 +81,7 @@ class AveragedAdamW:
     def step(self) -> Tensor:
         """Apply the parameters' gradients, then free them; returns their norm before clipping."""
         grad_norm = self._grad_norm()
-        nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, grad_norm)
+        self._clipping.copy_((grad_norm / self.max_grad_norm).clamp(min=1))
         self.skipped.copy_(~torch.isfinite(grad_norm))
         self.skipped_steps += self.skipped
         self.skipped_in_a_row.add_(1).mul_(self.skipped)

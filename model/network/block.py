@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from model.config import LaMambaConfig
 from model.network.attention import WindowAttention
-from model.network.fused_norms import kernels_run, linear_gelu
+from model.network.fused_norms import kernels_run, linear_gelu, norms_run
 from model.network.geometry import GridGeometry
 from model.network.residual import Residual, ResidualNorm
 from model.network.scan import ScanBackend
@@ -92,7 +92,7 @@ class LaMambaBlock(nn.Module):
         shift, scale, gate = ffn.chunk(3, dim=-1)
         x, h = self.ffn_norm(residual, shift, scale)
         residual = Residual(x, self.ffn(h), gate)
-        return residual if kernels_run(self.use_kernels) else Residual(residual.sum())
+        return residual if norms_run(self.use_kernels) else Residual(residual.sum())
 
 
 class FeedForward(nn.Sequential):

@@ -1,14 +1,16 @@
 """LayerNorm with its surroundings through the Triton kernels of `fused_norms_kernels.py`, and GELU in the
-product before it: launch and operators, for inference.
+product before it: launch, operators, gradients.
 
-They have no backward: the modules that call them keep a readable path of torch's operations, which is what
-runs while gradients are recorded, and what torch.compile fuses by itself (`kernels_run`).
+The modules that call them keep a readable path of torch's operations. It is what runs where `kernels_run` and
+`norms_run` say so: the norms of resampling and GELU have no backward, and in inference torch.compile fuses
+all of it by itself.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +24,22 @@ VECTOR = 8  # channels of a tile that a thread has: 16 bytes of the half precisi
 # Two programs of four warps on each of an H100's 132 multiprocessors; with fewer tokens, more programs of
 # fewer warps.
 FILLING_PROGRAMS = 2 * 132
+BACKWARD_VECTOR = 4
+# Four for each place that there is: so many that the last ones to end do not matter.
+BACKWARD_PROGRAMS = 4 * FILLING_PROGRAMS
+# Of a program of the backward, which stores three sums at its end: a sixth of a token's reads and writes.
+MAX_TOKENS_A_PART = 64
+BACKWARD_STAGES = 1  # tiles of it that are under way
 
 
 def kernels_run(use_kernels: bool) -> bool:
     """Whether a module that is told to `use_kernels` may use those without a backward."""
     return use_kernels and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def norms_run(use_kernels: bool) -> bool:
+    """Whether a module that is told to `use_kernels` uses `residual_norm` and `gated_norm`."""
+    return use_kernels and (torch.is_grad_enabled() or not torch.compiler.is_compiling())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +51,12 @@ class _Tiles:
     num_warps: int
 
     @classmethod
-    def of(cls, num_tokens: int, width: int) -> _Tiles:
+    def of(cls, num_tokens: int, width: int, *, vector: int = VECTOR) -> _Tiles:
         """A function of shapes alone: nothing is tuned in a request."""
-        a_warp = 32 * VECTOR
+        a_warp = 32 * vector
         widest = 1 << (width - 1).bit_length()
         # No more tiles than 8: 64 channels a thread, which with their weights stay in registers.
-        chunks = [widest // tiles for tiles in (1, 2, 4, 8) if widest // tiles >= min(VECTOR, widest)]
+        chunks = [widest // tiles for tiles in (1, 2, 4, 8) if widest // tiles >= min(vector, widest)]
         # The fewest channels beyond the width; then, so that no sum crosses warps, the fewest warps a token;
         # then the fewest tiles.
         chunk = min(chunks, key=lambda size: (-(-width // size) * size, max(size, a_warp), -size))
@@ -54,6 +67,11 @@ class _Tiles:
 
     def grid(self, num_tokens: int) -> tuple[int]:
         return (-(-num_tokens // self.tokens),)
+
+    def tokens_a_part(self, num_tokens: int) -> int:
+        """Of all `num_tokens`, those that a program of the backward takes: a multiple of a tile's."""
+        tokens = min(MAX_TOKENS_A_PART, -(-num_tokens // BACKWARD_PROGRAMS))
+        return -(-tokens // self.tokens) * self.tokens
 
     def options(self, width: int) -> dict[str, int]:
         """The kernels' compile-time arguments."""
@@ -74,18 +92,15 @@ def _residual_norm(
     """The sum, empty where there is no branch, and its norm."""
     x, (batch, width) = x.contiguous(), shift.shape
     branch = None if branch is None else branch.contiguous()
-    given = [vector for vector in (shift, scale, gate) if vector is not None]
-    if len({vector.stride(0) for vector in given}) > 1 or any(vector.stride(1) != 1 for vector in given):
-        given = [vector.contiguous() for vector in given]
-    (shift, scale), gate = given[:2], given[2] if len(given) > 2 else None
+    (shift, scale, gate), vectors_stride = _in_one_distance(shift, scale, gate)
     total = x.new_empty(0) if branch is None else torch.empty_like(x)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=shift.dtype)
     num_tokens = x.numel() // width
     tiles = _Tiles.of(num_tokens, width)
     with torch.cuda.device_of(x):
         kernels.residual_norm_kernel[tiles.grid(num_tokens)](
             *(x, branch, gate, weight, bias, shift, scale, total, out),
-            *(num_tokens, num_tokens // batch, shift.stride(0), eps),
+            *(num_tokens, num_tokens // batch, vectors_stride, eps),
             **tiles.options(width),
         )
     return total, out
@@ -102,27 +117,221 @@ def _(
     scale: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
+    return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape, dtype=shift.dtype)
+
+
+def _in_one_distance(*vectors: Tensor | None) -> tuple[list[Any], int]:
+    """Vectors `(B, d)` whose rows lie equally far apart, and how far; copies where they do not."""
+    given = [vector for vector in vectors if vector is not None]
+    if len({vector.stride(0) for vector in given}) > 1 or any(vector.stride(1) != 1 for vector in given):
+        vectors = tuple(None if vector is None else vector.contiguous() for vector in vectors)
+    return list(vectors), next(vector.stride(0) for vector in vectors if vector is not None)
+
+
+@torch.library.custom_op("lamamba::residual_norm_backward", mutates_args=())
+def _residual_norm_backward(
+    total: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    dtotal: Tensor | None,
+    dout: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, empty without a norm, and of the branch, empty without one; and the partial sums of
+    `residual_norm_bwd_kernel`, to add over their second axis.
+    """
+    total, branch, dtotal, dout = (
+        tensor if tensor is None else tensor.contiguous() for tensor in (total, branch, dtotal, dout)
+    )
+    (gate, scale), vectors_stride = _in_one_distance(gate, scale)
+    dx, dbranch, sums, tiles = _residual_norm_gradients(total, branch, dtotal, dout, gate, scale)
+    batch, parts, num_sums, width = sums.shape
+    tokens_a_row = dx.numel() // (batch * width) if branch is None else dbranch.numel() // (batch * width)
+    with torch.cuda.device_of(sums):
+        kernels.residual_norm_bwd_kernel[(batch * parts,)](
+            *(total, branch, gate, weight, scale, dtotal, dout, dx, dbranch, sums),
+            *(tokens_a_row, tiles.tokens_a_part(batch * tokens_a_row), parts, vectors_stride, eps),
+            **(tiles.options(width) | {"SUMS": num_sums, "STAGES": BACKWARD_STAGES}),
+        )
+    return dx, dbranch, sums
+
+
+@_residual_norm_backward.register_fake
+def _(
+    total: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    dtotal: Tensor | None,
+    dout: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _residual_norm_gradients(total, branch, dtotal, dout, gate, scale)[:3]
+
+
+def _residual_norm_gradients(
+    total: Tensor | None,
+    branch: Tensor | None,
+    dtotal: Tensor | None,
+    dout: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, _Tiles]:
+    """Room for what `_residual_norm_backward` returns, and how its tokens are cut."""
+    tokens, vectors = total if dtotal is None else dtotal, gate if scale is None else scale
+    assert tokens is not None
+    assert vectors is not None
+    (batch, width), num_tokens = vectors.shape, tokens.numel() // tokens.shape[-1]
+    tiles = _Tiles.of(num_tokens, width, vector=BACKWARD_VECTOR)
+    parts = -(-num_tokens // batch // tiles.tokens_a_part(num_tokens))
+    num_sums = (0 if dout is None else 2) + (branch is not None)
+    return (
+        tokens.new_empty(0 if dout is None else tokens.shape),
+        tokens.new_empty(0) if branch is None else branch.new_empty(branch.shape),
+        tokens.new_empty((batch, parts, num_sums, width), dtype=torch.float32),
+        tiles,
+    )
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """The sum and its norm, or, without a branch, the norm of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        gate: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shift: Tensor,
+        scale: Tensor,
+        eps: float,
+    ) -> Any:
+        total, out = _residual_norm(x, branch, gate, weight, bias, shift, scale, eps)
+        ctx.save_for_backward(x if branch is None else total, branch, gate, weight, bias, scale)
+        ctx.eps, ctx.shift_dtype = eps, shift.dtype
+        return out if branch is None else (total, out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        total, branch, gate, weight, bias, scale = ctx.saved_tensors
+        dtotal, dout = (None, *gradients) if branch is None else gradients
+        dx, dbranch, partial = _residual_norm_backward(
+            total, branch, gate, weight, scale, dtotal, dout, ctx.eps
+        )
+        of_out, of_normalized, *of_gate = partial.sum(1).unbind(1)  # (B, d) each
+        dscale = of_normalized if weight is None else of_normalized * weight + of_out * bias
+        scale_by = 1 + scale.float()
+        return (
+            dx,
+            None if branch is None else dbranch,
+            None if gate is None else of_gate[0].to(gate.dtype),
+            None if weight is None else (scale_by * of_normalized).sum(0).to(weight.dtype),
+            None if bias is None else (scale_by * of_out).sum(0).to(bias.dtype),
+            of_out.to(ctx.shift_dtype),
+            dscale.to(scale.dtype),
+            None,
+        )
+
+
+class _ResidualSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(branch, gate)
+        with torch.autocast(x.device.type, enabled=False):  # which would copy the branch to x's dtype
+            return torch.addcmul(x, gate[:, None, None], branch)
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        branch, gate = ctx.saved_tensors
+        _, dbranch, partial = _residual_norm_backward(None, branch, gate, None, None, dtotal, None, 0.0)
+        return dtotal, dbranch, partial.sum((1, 2)).to(gate.dtype)
 
 
 @torch.library.custom_op("lamamba::gated_norm", mutates_args=())
-def _gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _gated_norm(
+    y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, save_sum: bool
+) -> tuple[Tensor, Tensor]:
+    """The norm, and for the backward y's sum over the groups, if there are several."""
     y, z = y.contiguous(), _uniform_rows(z)
     groups = y.shape[-2]
     out, width = z.new_empty(z.shape), z.shape[-1]
+    total = y.new_empty(z.shape if save_sum and groups > 1 else 0)
     num_tokens = z.numel() // width
     tiles = _Tiles.of(num_tokens, width)
     with torch.cuda.device_of(z):
         kernels.gated_norm_kernel[tiles.grid(num_tokens)](
-            *(y, z, weight, bias, out, num_tokens, z.stride(-2), eps),
+            *(y, z, weight, bias, out, total if len(total) else None, num_tokens, z.stride(-2), eps),
             **(tiles.options(width) | {"GROUPS": groups}),
         )
-    return out
+    return out, total
 
 
 @_gated_norm.register_fake
-def _(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return z.new_empty(z.shape)
+def _(
+    y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float, save_sum: bool
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), y.new_empty(z.shape if save_sum and y.shape[-2] > 1 else 0)
+
+
+@torch.library.custom_op("lamamba::gated_norm_backward", mutates_args=())
+def _gated_norm_backward(
+    total: Tensor, z: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sum over the groups and of z, and of weight and bias `(parts, 2, d)`, to add up."""
+    total, z, dout = total.contiguous(), _uniform_rows(z), dout.contiguous()
+    dtotal, dz, sums, tiles = _gated_norm_gradients(total, z)
+    width, num_tokens = z.shape[-1], z.numel() // z.shape[-1]
+    with torch.cuda.device_of(z):
+        kernels.gated_norm_bwd_kernel[(len(sums),)](
+            *(total, z, weight, bias, dout, dtotal, dz, sums),
+            *(num_tokens, tiles.tokens_a_part(num_tokens), z.stride(-2), eps),
+            **(tiles.options(width) | {"STAGES": BACKWARD_STAGES}),
+        )
+    return dtotal, dz, sums
+
+
+@_gated_norm_backward.register_fake
+def _(
+    total: Tensor, z: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gated_norm_gradients(total, z)[:3]
+
+
+def _gated_norm_gradients(total: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, _Tiles]:
+    """Room for what `_gated_norm_backward` returns, and how its tokens are cut."""
+    width, num_tokens = z.shape[-1], z.numel() // z.shape[-1]
+    tiles = _Tiles.of(num_tokens, width, vector=BACKWARD_VECTOR)
+    parts = -(-num_tokens // tiles.tokens_a_part(num_tokens))
+    sums = z.new_empty((parts, 2, width), dtype=torch.float32)
+    return total.new_empty(total.shape), z.new_empty(z.shape), sums, tiles
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        out, total = _gated_norm(y, z, weight, bias, eps, True)
+        ctx.save_for_backward(total if y.shape[-2] > 1 else y, z, weight, bias)
+        ctx.eps, ctx.shape = eps, y.shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        total, z, weight, bias = ctx.saved_tensors
+        dtotal, dz, partial = _gated_norm_backward(total, z, weight, bias, dout, ctx.eps)
+        *tokens, _, width = ctx.shape
+        dweight, dbias = partial.sum(0)
+        return (
+            dtotal.view(*tokens, 1, width).expand(ctx.shape),
+            dz,
+            dweight.to(weight.dtype),
+            dbias.to(bias.dtype),
+            None,
+        )
 
 
 @torch.library.custom_op("lamamba::resampled_norm", mutates_args=())
@@ -168,9 +377,9 @@ def residual_norm(
     scale: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`x + gate * branch`, and `LN(sum) * (1 + scale) + shift`, in x's dtype.
+    """`x + gate * branch`, in x's dtype, and `LN(sum) * (1 + scale) + shift`, in that of shift.
 
-    The norm is of the sum before that is rounded to x's dtype.
+    The norm is of the sum before that is rounded to x's dtype, its gradient that of the rounded sum.
 
     Args:
         x: `(B, ..., d)`. fp32, bf16 or fp16, like all that follow.
@@ -181,12 +390,26 @@ def residual_norm(
     Raises ValueError for a dtype that the kernels do not read.
     """
     check_dtypes(x=x, branch=branch, gate=gate, weight=weight, bias=bias, shift=shift, scale=scale)
-    total, out = _residual_norm(x, branch, gate, weight, bias, shift, scale, eps)
+    inputs = (x, branch, gate, weight, bias, shift, scale)
+    if _needs_gradient(*inputs):
+        total_and_out = _ResidualNorm.apply(*inputs, eps)
+        return (x, total_and_out) if branch is None else total_and_out
+    total, out = _residual_norm(*inputs, eps)
     return x if branch is None else total, out
+
+
+def residual_sum(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """`x + gate * branch` with its gradients, where no norm follows that makes the sum.
+
+    x and branch `(B, H, W, d)`, gate `(B, d)`; in x's dtype.
+    """
+    return _ResidualSum.apply(x, branch, gate)
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`LN(sum of y over groups) * SiLU(z)`, like z in shape and dtype.
+
+    The norm is of the sum in fp32, its gradient that of the sum in y's dtype.
 
     Args:
         y: `(..., groups, d)`, for each token of z in their order. fp32, bf16 or fp16, like all that follow.
@@ -196,7 +419,14 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -
     Raises ValueError for a dtype that the kernels do not read.
     """
     check_dtypes(y=y, z=z, weight=weight, bias=bias)
-    return _gated_norm(y, z, weight, bias, eps)
+    if _needs_gradient(y, z, weight, bias):
+        return _GatedNorm.apply(y, z, weight, bias, eps)
+    out, _ = _gated_norm(y, z, weight, bias, eps, False)
+    return out
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def merged_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, factor: int) -> Tensor:

@@ -264,7 +264,7 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
                 residual = self._gradient_checkpointing_func(block, residual, next(vectors), geometry)
             else:
                 residual = block(residual, next(vectors), geometry)
-        return residual.sum()
+        return residual.sum(use_kernels=self._scan_backend.kernels)
 
     def _grids(self, height: int, width: int) -> dict[int, nn.Module]:
         divisors = {stage.side_divisor for stage in self.architecture.encoder_stages}

@@ -23,13 +23,16 @@ class Residual(NamedTuple):
     branch: Tensor | None = None
     gate: Tensor | None = None
 
-    def sum(self) -> Tensor:
+    def sum(self, *, use_kernels: bool = False) -> Tensor:
+        """`use_kernels`: as the network's modules have it."""
         if self.branch is None or self.gate is None:
             return self.x
         gate = self.gate[:, None, None]
-        if torch.is_grad_enabled():
-            return self.x + gate * self.branch
-        return torch.addcmul(self.x, gate, self.branch)  # one launch, and nothing but the sum is stored
+        if not torch.is_grad_enabled():
+            return torch.addcmul(self.x, gate, self.branch)  # one launch, and nothing but the sum is stored
+        if use_kernels:
+            return fused_norms.residual_sum(self.x, self.branch, self.gate)
+        return self.x + gate * self.branch
 
 
 class ResidualNorm(nn.LayerNorm):
@@ -43,7 +46,7 @@ class ResidualNorm(nn.LayerNorm):
     def forward(  # type: ignore[override]  # a norm with more to it
         self, residual: Residual, shift: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if fused_norms.kernels_run(self.use_kernels):
+        if fused_norms.norms_run(self.use_kernels):
             return fused_norms.residual_norm(*residual, self.weight, self.bias, shift, scale, self.eps)
         x = residual.sum()
         return x, super().forward(x) * (1 + scale[:, None, None]) + shift[:, None, None]

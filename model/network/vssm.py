@@ -72,7 +72,7 @@ class VisualStateSpace(nn.Module):
             u = F.silu(self.conv(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         y = self._scan(u.flatten(1, 2), geometry)  # (B, L, groups, d_inner)
         norm = self.out_norm
-        if fused_norms.kernels_run(self.use_kernels):
+        if fused_norms.norms_run(self.use_kernels):
             return self.out_proj(fused_norms.gated_norm(y, z, norm.weight, norm.bias, norm.eps))
         y = y.squeeze(2) if y.shape[2] == 1 else y.sum(2, dtype=torch.float32)
         y = F.layer_norm(

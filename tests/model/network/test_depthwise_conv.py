@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.network import depthwise_conv, depthwise_conv_kernels
+from model.network import depthwise_conv, depthwise_conv_kernels, fused_norms_kernels
 from model.network.depthwise_conv import conv3x3_silu
 from model.network.geometry import GridGeometry
 from model.network.scan import resolve_scan_backend
@@ -210,7 +210,8 @@ def test_convolution_traces_without_graph_breaks(name: str) -> None:
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_state_space_module_with_kernels_equals_torchs(bias: bool) -> None:
+def test_state_space_module_with_kernels_equals_torchs(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret_kernels(fused_norms_kernels, monkeypatch)
     torch.manual_seed(0)
     module = VisualStateSpace(
         8, d_state=1, num_directions=4, conv_bias=bias, scan_backend=resolve_scan_backend("vectorized")

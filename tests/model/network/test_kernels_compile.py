@@ -116,10 +116,18 @@ def test_norms_compile(width: int) -> None:
     shift, scale, gate = vectors.chunk(3, dim=-1)
     fused_norms.residual_norm(x, x, gate, weight, bias, shift, scale, 1e-5)
     fused_norms.residual_norm(x, None, None, None, None, shift, scale, 1e-5)
+    # Under autocast x and the weights are fp32.
+    wide, weights = x.float(), (weight.float(), bias.float())
+    fused_norms.residual_norm(wide, x, gate, *weights, shift, scale, 1e-5)
+    fused_norms._residual_norm_backward(wide, x, gate, weights[0], scale, wide, x, 1e-5)
+    fused_norms._residual_norm_backward(wide, None, None, None, scale, None, x, 1e-5)
+    fused_norms._residual_norm_backward(None, x, gate, None, None, wide, None, 1e-5)
     z = torch.zeros(1, 4, 4, 2 * width, dtype=DTYPE).chunk(2, dim=-1)[1]
     for groups, y_dtype in ((4, DTYPE), (1, torch.float32)):
         y = torch.zeros(1, 16, groups, width, dtype=y_dtype)
         fused_norms.gated_norm(y, z, weight, bias, 1e-5)
+        _, total = fused_norms._gated_norm(y, z, *weights, 1e-5, True)
+        fused_norms._gated_norm_backward(total if groups > 1 else y, z, *weights, z, 1e-5)
 
 
 @pytest.mark.parametrize("count", [4 * 32 * 32, 105])

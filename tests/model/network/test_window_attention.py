@@ -20,6 +20,7 @@ from torch import Tensor
 from model.network import (
     depthwise_conv,
     depthwise_conv_kernels,
+    fused_norms_kernels,
     window_attention,
     window_attention_kernels,
 )
@@ -259,7 +260,8 @@ def test_window_attention_traces_without_graph_breaks(name: str) -> None:
 def test_network_with_kernels_equals_the_network_with_torchs_operations(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
 ) -> None:
-    interpret_kernels(depthwise_conv_kernels, monkeypatch)
+    for kernels in (depthwise_conv_kernels, fused_norms_kernels):
+        interpret_kernels(kernels, monkeypatch)
     monkeypatch.setattr(depthwise_conv, "FORWARD_PROGRAMS", 1)  # fewer, longer ones: the interpreter's time
     torch.manual_seed(0)
     network = LaMambaDiff(**dataclasses.asdict(SMALL_NETWORK)).eval().requires_grad_(False)

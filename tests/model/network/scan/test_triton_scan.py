@@ -170,10 +170,11 @@ def assert_matches_reference(
 ) -> None:
     inputs, paths = case.inputs(device, dtype)
     with uninitialized_memory_is_nan():
-        y = scan(*inputs, paths)
+        groups = scan(*inputs, paths)
+        y = groups.sum(2, keepdim=True, dtype=torch.float32)
         grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device)
         gradients = torch.autograd.grad(y, inputs, grad_y)
-    assert y.dtype == torch.float32
+    assert groups.dtype in (torch.float32, dtype)
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact = reference.selective_scan(*exact_inputs, paths)
     exact_gradients = torch.autograd.grad(exact, exact_inputs, grad_y.double())
@@ -221,7 +222,38 @@ def test_selective_scan_without_gradients_is_the_same() -> None:
     with_gradients = triton_scan.selective_scan(*inputs, paths)
     with torch.no_grad():
         y = triton_scan.selective_scan(*inputs, paths)
-    assert torch.equal(y.sum(2, keepdim=True), with_gradients)
+    assert torch.equal(y, with_gradients)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_selective_scan_has_gradients_of_each_direction() -> None:
+    """Not only of their sum, which is all that the network takes."""
+    inputs, paths = CASES["three_states"].inputs()
+    y = triton_scan.selective_scan(*inputs, paths)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad(y, inputs, weights)
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    summed = [torch.zeros_like(tensor) for tensor in exact_inputs]
+    for direction in range(len(paths)):
+        u, dt, weight, A_log, B, C, D, bias = exact_inputs
+        one = slice(direction, direction + 1)
+        exact = reference.selective_scan(
+            u,
+            dt[:, :, one],
+            weight[one],
+            A_log[one],
+            B[:, :, one],
+            C[:, :, one],
+            D[one],
+            bias[one],
+            paths[one],
+        )
+        for total, part in zip(
+            summed, torch.autograd.grad(exact, exact_inputs, weights[:, :, one].double()), strict=True
+        ):
+            total += part
+    errors = [relative_rms(*pair) for pair in zip(gradients, summed, strict=True)]
+    assert max(errors) <= INTERPRETER_TOLERANCE, errors
 
 
 @pytest.mark.usefixtures("interpreted")
