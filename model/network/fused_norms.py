@@ -20,16 +20,25 @@ from model.network import fused_norms_kernels as kernels
 from model.network.triton_jit import check_dtypes
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-VECTOR = 8  # channels of a tile that a thread has: 16 bytes of the half precisions
+VECTOR_BYTES = 16  # of a tile that a thread has: one load
 # Two programs of four warps on each of an H100's 132 multiprocessors; with fewer tokens, more programs of
 # fewer warps.
 FILLING_PROGRAMS = 2 * 132
-BACKWARD_VECTOR = 4
-# Four for each place that there is: so many that the last ones to end do not matter.
-BACKWARD_PROGRAMS = 4 * FILLING_PROGRAMS
-# Of a program of the backward, which stores three sums at its end: a sixth of a token's reads and writes.
-MAX_TOKENS_A_PART = 64
-BACKWARD_STAGES = 1  # tiles of it that are under way
+BACKWARD_PROGRAMS = 2 * FILLING_PROGRAMS  # at least, where there are tokens for them
+MAX_TOKENS_A_PART = 256  # of a program of the backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Backward:
+    """What was fastest on an H200 at XL's sizes."""
+
+    vector: int
+    stages: int
+    """Tiles that are under way."""
+
+
+_RESIDUAL_NORM_BACKWARD = _Backward(vector=2, stages=1)
+_GATED_NORM_BACKWARD = _Backward(vector=4, stages=3)
 
 
 def kernels_run(use_kernels: bool) -> bool:
@@ -51,8 +60,8 @@ class _Tiles:
     num_warps: int
 
     @classmethod
-    def of(cls, num_tokens: int, width: int, *, vector: int = VECTOR) -> _Tiles:
-        """A function of shapes alone: nothing is tuned in a request."""
+    def of(cls, num_tokens: int, width: int, *, vector: int) -> _Tiles:
+        """A function of shapes alone: nothing is tuned in a request. `vector`: channels of one load."""
         a_warp = 32 * vector
         widest = 1 << (width - 1).bit_length()
         # No more tiles than 8: 64 channels a thread, which with their weights stay in registers.
@@ -64,6 +73,10 @@ class _Tiles:
         if num_tokens * chunk >= FILLING_PROGRAMS * 4 * a_warp:
             num_warps = max(4, num_warps)
         return cls(chunk=chunk, tokens=num_warps * a_warp // chunk, num_warps=num_warps)
+
+    @classmethod
+    def of_forward(cls, tokens: Tensor, num_tokens: int, width: int) -> _Tiles:
+        return cls.of(num_tokens, width, vector=VECTOR_BYTES // tokens.element_size())
 
     def grid(self, num_tokens: int) -> tuple[int]:
         return (-(-num_tokens // self.tokens),)
@@ -96,7 +109,7 @@ def _residual_norm(
     total = x.new_empty(0) if branch is None else torch.empty_like(x)
     out = torch.empty_like(x, dtype=shift.dtype)
     num_tokens = x.numel() // width
-    tiles = _Tiles.of(num_tokens, width)
+    tiles = _Tiles.of_forward(x, num_tokens, width)
     with torch.cuda.device_of(x):
         kernels.residual_norm_kernel[tiles.grid(num_tokens)](
             *(x, branch, gate, weight, bias, shift, scale, total, out),
@@ -118,6 +131,26 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape, dtype=shift.dtype)
+
+
+@torch.library.custom_op("lamamba::residual_sum", mutates_args=())
+def _residual_sum(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    x, branch, (batch, width) = x.contiguous(), branch.contiguous(), gate.shape
+    (gate,), vectors_stride = _in_one_distance(gate)
+    total, num_tokens = torch.empty_like(x), x.numel() // width
+    tiles = _Tiles.of_forward(x, num_tokens, width)
+    with torch.cuda.device_of(x):
+        kernels.residual_norm_kernel[tiles.grid(num_tokens)](
+            *(x, branch, gate, None, None, None, None, total, None),
+            *(num_tokens, num_tokens // batch, vectors_stride, 0.0),
+            **tiles.options(width),
+        )
+    return total
+
+
+@_residual_sum.register_fake
+def _(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _in_one_distance(*vectors: Tensor | None) -> tuple[list[Any], int]:
@@ -153,7 +186,7 @@ def _residual_norm_backward(
         kernels.residual_norm_bwd_kernel[(batch * parts,)](
             *(total, branch, gate, weight, scale, dtotal, dout, dx, dbranch, sums),
             *(tokens_a_row, tiles.tokens_a_part(batch * tokens_a_row), parts, vectors_stride, eps),
-            **(tiles.options(width) | {"SUMS": num_sums, "STAGES": BACKWARD_STAGES}),
+            **(tiles.options(width) | {"SUMS": num_sums, "STAGES": _RESIDUAL_NORM_BACKWARD.stages}),
         )
     return dx, dbranch, sums
 
@@ -185,7 +218,7 @@ def _residual_norm_gradients(
     assert tokens is not None
     assert vectors is not None
     (batch, width), num_tokens = vectors.shape, tokens.numel() // tokens.shape[-1]
-    tiles = _Tiles.of(num_tokens, width, vector=BACKWARD_VECTOR)
+    tiles = _Tiles.of(num_tokens, width, vector=_RESIDUAL_NORM_BACKWARD.vector)
     parts = -(-num_tokens // batch // tiles.tokens_a_part(num_tokens))
     num_sums = (0 if dout is None else 2) + (branch is not None)
     return (
@@ -242,8 +275,7 @@ class _ResidualSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(branch, gate)
-        with torch.autocast(x.device.type, enabled=False):  # which would copy the branch to x's dtype
-            return torch.addcmul(x, gate[:, None, None], branch)
+        return _residual_sum(x, branch, gate)
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,7 +294,7 @@ def _gated_norm(
     out, width = z.new_empty(z.shape), z.shape[-1]
     total = y.new_empty(z.shape if save_sum and groups > 1 else 0)
     num_tokens = z.numel() // width
-    tiles = _Tiles.of(num_tokens, width)
+    tiles = _Tiles.of_forward(y, num_tokens, width)
     with torch.cuda.device_of(z):
         kernels.gated_norm_kernel[tiles.grid(num_tokens)](
             *(y, z, weight, bias, out, total if len(total) else None, num_tokens, z.stride(-2), eps),
@@ -290,7 +322,7 @@ def _gated_norm_backward(
         kernels.gated_norm_bwd_kernel[(len(sums),)](
             *(total, z, weight, bias, dout, dtotal, dz, sums),
             *(num_tokens, tiles.tokens_a_part(num_tokens), z.stride(-2), eps),
-            **(tiles.options(width) | {"STAGES": BACKWARD_STAGES}),
+            **(tiles.options(width) | {"STAGES": _GATED_NORM_BACKWARD.stages}),
         )
     return dtotal, dz, sums
 
@@ -305,7 +337,7 @@ def _(
 def _gated_norm_gradients(total: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, _Tiles]:
     """Room for what `_gated_norm_backward` returns, and how its tokens are cut."""
     width, num_tokens = z.shape[-1], z.numel() // z.shape[-1]
-    tiles = _Tiles.of(num_tokens, width, vector=BACKWARD_VECTOR)
+    tiles = _Tiles.of(num_tokens, width, vector=_GATED_NORM_BACKWARD.vector)
     parts = -(-num_tokens // tiles.tokens_a_part(num_tokens))
     sums = z.new_empty((parts, 2, width), dtype=torch.float32)
     return total.new_empty(total.shape), z.new_empty(z.shape), sums, tiles
@@ -340,7 +372,7 @@ def _resampled_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, factor:
     out = x.new_empty(_resampled(x.shape, factor, merged))
     *_, columns, width = out.shape
     num_tokens = out.numel() // width
-    tiles = _Tiles.of(num_tokens, width)
+    tiles = _Tiles.of_forward(x, num_tokens, width)
     with torch.cuda.device_of(x):
         kernels.resampled_norm_kernel[tiles.grid(num_tokens)](
             *(x, weight, bias, out, num_tokens, columns, eps),

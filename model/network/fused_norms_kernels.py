@@ -6,7 +6,7 @@ costs no digits).
 
 A program has TOKENS tokens, whose D channels it cuts into tiles of TOKENS x CHUNK. CHUNK is a power of two, D
 any number: a width of 320 is five tiles of 64, where one of 512 would idle at 37 % of its channels. A tile
-has 8 channels a thread, one load of 16 bytes in the half precisions. Vectors that are the same for many
+has one load of 16 bytes a thread, 8 channels of the half precisions. Vectors that are the same for many
 tokens (weights, AdaLN vectors) are read again for each: the cache of the multiprocessor has them.
 
 All loads stand before the first store: a compiler cannot know that they do not overlap, and would make each
@@ -16,7 +16,7 @@ Backward, with n the standardised numbers, w the weight and g = dL/d(n w + b): d
 deviation * (h - mean(h) - n mean(h n)) for h = g w. It needs its token alone, but the gradients of weight,
 bias and AdaLN vectors are sums over tokens. So a program takes a run of tokens, a few at a time, and keeps
 those sums in registers: x is read once for both, mean and deviation are computed again, and what programs
-found is left to add. It has 4 channels a thread, since three sums stay beside what it reads.
+found is left to add. It has fewer channels a thread, since the sums stay beside what it reads.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def residual_norm_kernel(  # type: ignore[no-untyped-def]  # kernel
     shift_ptr,
     scale_ptr,
     sum_ptr,  # (num_tokens, D): x + gate * branch
-    out_ptr,  # (num_tokens, D)
+    out_ptr,  # (num_tokens, D), or None, like shift and scale
     num_tokens,
     tokens_a_row,  # of the batch
     vectors_stride,
@@ -164,20 +164,23 @@ def residual_norm_kernel(  # type: ignore[no-untyped-def]  # kernel
     if branch_ptr is not None:
         branches = _load(branch_ptr, start, live, D, CHUNK)
         gates = _load(gate_ptr, vector, live, D, CHUNK)
-    scales = _load(scale_ptr, vector, live, D, CHUNK)
-    shifts = _load(shift_ptr, vector, live, D, CHUNK)
+    if out_ptr is not None:
+        scales = _load(scale_ptr, vector, live, D, CHUNK)
+        shifts = _load(shift_ptr, vector, live, D, CHUNK)
     if branch_ptr is not None:
         sums = ()
         for i in tl.static_range(len(tiles)):
             sums = _with(sums, tiles[i] + gates[i] * branches[i])
         tiles = sums
-    normalized = _normalized(tiles, weight_ptr, bias_ptr, token * 0, live, eps, D, CHUNK)
-    out = ()
-    for i in tl.static_range(len(tiles)):
-        out = _with(out, normalized[i] * (1 + scales[i]) + shifts[i])
+    if out_ptr is not None:
+        normalized = _normalized(tiles, weight_ptr, bias_ptr, token * 0, live, eps, D, CHUNK)
+        out = ()
+        for i in tl.static_range(len(tiles)):
+            out = _with(out, normalized[i] * (1 + scales[i]) + shifts[i])
     if branch_ptr is not None:
         _store(sum_ptr, start, live, tiles, D, CHUNK)
-    _store(out_ptr, start, live, out, D, CHUNK)
+    if out_ptr is not None:
+        _store(out_ptr, start, live, out, D, CHUNK)
 
 
 @jit

@@ -32,7 +32,8 @@ def selective_scan(
     """Each token's scan output, `(batch, length, groups, d_inner)`: what groups of directions add up to.
 
     Their sum over the groups is y. It is left to whoever reads it, who should take it in fp32: a backend may
-    give one group in fp32, as this one does (float64 if given), or more in u's dtype.
+    give one group in fp32, as this one does (float64 if given), or more in u's dtype. Gradients are those of
+    the sum: a backend may take one group's for that of all.
 
     Args:
         u: `(batch, length, d_inner)`, tokens in row-major order (no backend wants them permuted).

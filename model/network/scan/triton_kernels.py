@@ -352,7 +352,7 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     paths_ptr,
     states_ptr,  # (batch, directions, path_length, d_inner), or
     # (batch, directions, num_blocks, num_tiles, d_state, BLOCK_C)
-    dy_ptr,  # (batch, length, directions or 1, d_inner)
+    dy_ptr,  # (batch, length, d_inner)
     du_ptr,  # (batch, length, directions, d_inner)
     ddelta_ptr,  # (directions, batch, length, d_inner)
     dA_log_ptr,  # (batch, directions, d_state, d_inner)
@@ -385,8 +385,6 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     B_TOKEN: tl.constexpr,
     C_TOKEN: tl.constexpr,
     DT_DIRECTION: tl.constexpr,
-    DY_TOKEN: tl.constexpr,
-    DY_DIRECTION: tl.constexpr,  # 0 where dy is one for all directions
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
     STEPS: tl.constexpr,
@@ -432,7 +430,7 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
     dt_ptr += batch * dt_batch + direction * DT_DIRECTION
     B_ptr += batch * B_batch + direction * B_direction
     C_ptr += batch * C_batch + direction * C_direction
-    dy_ptr += batch * length * DY_TOKEN + direction * DY_DIRECTION
+    dy_ptr += batch * length * d_inner
     du_ptr += (batch * length * directions + direction) * d_inner
     ddelta_ptr += (direction * num_rows + batch) * length * d_inner
     dB_ptr += ((block * num_rows + batch) * length * directions + direction) * D_STATE
@@ -451,7 +449,7 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]  # kernel
         mask = in_path[:, None] & in_channels[None, :]
         u = tl.load(u_ptr + (token * U_TOKEN)[:, None] + channel[None, :], mask=mask, other=0.0)
         u = u.to(tl.float32)
-        dy = tl.load(dy_ptr + (token * DY_TOKEN)[:, None] + channel[None, :], mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + token[:, None] * d_inner + channel[None, :], mask=mask, other=0.0)
         dy = dy.to(tl.float32)
         delta = _delta(
             dt_ptr + token * DT_TOKEN,

@@ -257,8 +257,7 @@ def _backward(
     states: Tensor,
     dy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Partial gradients of u, delta (before bias), A_log, B, C, D, delta_bias; dy: of y, `(batch, length,
-    directions or 1, d_inner)`.
+    """Partial gradients of u, delta (before bias), A_log, B, C, D, delta_bias; dy: of any direction's y.
 
     Shaped as `selective_scan_bwd_kernel` says. Left to add: u's over directions, those of A_log, D and
     delta_bias over batch rows, those of B and C over blocks.
@@ -282,11 +281,7 @@ def _backward(
         *(*u.shape[:2], paths.shape[1], u.shape[2], len(paths), grid.num_blocks, grid.num_tiles),
         *(u.stride(0), dt.stride(0), B.stride(0), *B.stride()[2:], C.stride(0), *C.stride()[2:]),
     )
-    options = grid.options(u, dt, B, C, d_state) | {
-        "DY_TOKEN": dy.stride(1),
-        "DY_DIRECTION": 0 if dy.shape[2] == 1 else dy.stride(2),
-        "STAGES": BACKWARD_STAGES if d_state == 1 else 1,
-    }
+    options = grid.options(u, dt, B, C, d_state) | {"STAGES": BACKWARD_STAGES if d_state == 1 else 1}
     with torch.cuda.device_of(u):
         triton_kernels.selective_scan_bwd_kernel[(grid.num_programs,)](*arguments, **options)
     return gradients
@@ -339,8 +334,7 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         u, dt, dt_proj_weight, A_log, B, C, D, delta_bias, paths, states = ctx.saved_tensors
-        # The gradient of a sum over directions, as everyone here takes it, is one for all of them.
-        dy = grad_y[:, :, :1] if grad_y.stride(2) == 0 else grad_y
+        dy = grad_y[:, :, 0]  # as of all directions, since their sum is what is read
         partial = _backward(u, dt, dt_proj_weight, A_log, B, C, D, delta_bias, paths, states, dy)
         du, ddelta, dA_log, dB, dC, dD, dbias = partial
         ddelta = ddelta.flatten(1, 2)  # (directions, batch * length, d_inner): no copy before either product

@@ -226,37 +226,6 @@ def test_selective_scan_without_gradients_is_the_same() -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_selective_scan_has_gradients_of_each_direction() -> None:
-    """Not only of their sum, which is all that the network takes."""
-    inputs, paths = CASES["three_states"].inputs()
-    y = triton_scan.selective_scan(*inputs, paths)
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    gradients = torch.autograd.grad(y, inputs, weights)
-    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    summed = [torch.zeros_like(tensor) for tensor in exact_inputs]
-    for direction in range(len(paths)):
-        u, dt, weight, A_log, B, C, D, bias = exact_inputs
-        one = slice(direction, direction + 1)
-        exact = reference.selective_scan(
-            u,
-            dt[:, :, one],
-            weight[one],
-            A_log[one],
-            B[:, :, one],
-            C[:, :, one],
-            D[one],
-            bias[one],
-            paths[one],
-        )
-        for total, part in zip(
-            summed, torch.autograd.grad(exact, exact_inputs, weights[:, :, one].double()), strict=True
-        ):
-            total += part
-    errors = [relative_rms(*pair) for pair in zip(gradients, summed, strict=True)]
-    assert max(errors) <= INTERPRETER_TOLERANCE, errors
-
-
-@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_selective_scan_reads_B_and_C_of_one_projection_as_pairs(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
