@@ -7,6 +7,7 @@ counted, on the device too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,10 +56,12 @@ class AveragedAdamW:
             self.parameters, lr=self._learning_rate, betas=betas, weight_decay=weight_decay, fused=True
         )
         # What GradScaler sets for the same purpose: a fused step changes nothing where `found_inf` is 1, and
-        # divides gradients by `grad_scale` as it reads them, which clips without a pass of its own.
+        # divides gradients by `grad_scale` as it reads them. So clipping is no pass of its own; but the step
+        # writes the quotients back, so it is not asked to divide where nothing can clip.
         self._clipping = torch.ones((), device=device)
         self._adamw.found_inf = self.skipped  # type: ignore[attr-defined]
-        self._adamw.grad_scale = self._clipping  # type: ignore[attr-defined]
+        if math.isfinite(max_grad_norm):
+            self._adamw.grad_scale = self._clipping  # type: ignore[attr-defined]
         # average += weight * (parameter - average) is a step of gradient descent along `-parameter`, with
         # decay 1 and the weight for a learning rate. It passes over memory once, where torch._foreach_lerp_
         # wants a weight that the host knows.
@@ -91,7 +94,7 @@ class AveragedAdamW:
         return grad_norm
 
     def state(self) -> list[Tensor]:
-        """Every tensor that an update changes in place."""
+        """Every tensor that an update changes in place and a later one reads."""
         moments = [value for parameter in self.parameters for value in self._adamw.state[parameter].values()]
         counts = [self.skipped, self.skipped_steps, self.skipped_in_a_row]
         return [*self.parameters, *self.average, *moments, *counts]

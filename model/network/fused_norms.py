@@ -24,7 +24,7 @@ VECTOR_BYTES = 16  # of a tile that a thread has: one load
 # Two programs of four warps on each of an H100's 132 multiprocessors; with fewer tokens, more programs of
 # fewer warps.
 FILLING_PROGRAMS = 2 * 132
-BACKWARD_PROGRAMS = 2 * FILLING_PROGRAMS  # at least, where there are tokens for them
+BACKWARD_PROGRAMS = 2 * FILLING_PROGRAMS  # about, where there are tokens for them
 MAX_TOKENS_A_PART = 256  # of a program of the backward
 
 
@@ -53,7 +53,7 @@ def norms_run(use_kernels: bool) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Tiles:
-    """How tokens are cut: a tile has `tokens` x `chunk` channels, `VECTOR` of them a thread."""
+    """How tokens are cut: a tile has `tokens` x `chunk` channels."""
 
     chunk: int
     tokens: int
@@ -64,7 +64,7 @@ class _Tiles:
         """A function of shapes alone: nothing is tuned in a request. `vector`: channels of one load."""
         a_warp = 32 * vector
         widest = 1 << (width - 1).bit_length()
-        # No more tiles than 8: 64 channels a thread, which with their weights stay in registers.
+        # No more tiles than 8: at most 64 channels a thread, which with their weights stay in registers.
         chunks = [widest // tiles for tiles in (1, 2, 4, 8) if widest // tiles >= min(vector, widest)]
         # The fewest channels beyond the width; then, so that no sum crosses warps, the fewest warps a token;
         # then the fewest tiles.
@@ -81,10 +81,14 @@ class _Tiles:
     def grid(self, num_tokens: int) -> tuple[int]:
         return (-(-num_tokens // self.tokens),)
 
-    def tokens_a_part(self, num_tokens: int) -> int:
-        """Of all `num_tokens`, those that a program of the backward takes: a multiple of a tile's."""
-        tokens = min(MAX_TOKENS_A_PART, -(-num_tokens // BACKWARD_PROGRAMS))
-        return -(-tokens // self.tokens) * self.tokens
+    def cut(self, run: int, num_tokens: int) -> tuple[int, int]:
+        """How a run of tokens, of all `num_tokens`, is cut for the backward: whole tiles of tokens for each
+        program, and the programs.
+        """
+        about = min(MAX_TOKENS_A_PART, max(1, num_tokens // BACKWARD_PROGRAMS))
+        part = -(-run // max(1, run // about))
+        part = -(-part // self.tokens) * self.tokens
+        return part, -(-run // part)
 
     def options(self, width: int) -> dict[str, int]:
         """The kernels' compile-time arguments."""
@@ -182,10 +186,11 @@ def _residual_norm_backward(
     dx, dbranch, sums, tiles = _residual_norm_gradients(total, branch, dtotal, dout, gate, scale)
     batch, parts, num_sums, width = sums.shape
     tokens_a_row = dx.numel() // (batch * width) if branch is None else dbranch.numel() // (batch * width)
+    tokens_a_part, _ = tiles.cut(tokens_a_row, batch * tokens_a_row)
     with torch.cuda.device_of(sums):
         kernels.residual_norm_bwd_kernel[(batch * parts,)](
             *(total, branch, gate, weight, scale, dtotal, dout, dx, dbranch, sums),
-            *(tokens_a_row, tiles.tokens_a_part(batch * tokens_a_row), parts, vectors_stride, eps),
+            *(tokens_a_row, tokens_a_part, parts, vectors_stride, eps),
             **(tiles.options(width) | {"SUMS": num_sums, "STAGES": _RESIDUAL_NORM_BACKWARD.stages}),
         )
     return dx, dbranch, sums
@@ -219,7 +224,7 @@ def _residual_norm_gradients(
     assert vectors is not None
     (batch, width), num_tokens = vectors.shape, tokens.numel() // tokens.shape[-1]
     tiles = _Tiles.of(num_tokens, width, vector=_RESIDUAL_NORM_BACKWARD.vector)
-    parts = -(-num_tokens // batch // tiles.tokens_a_part(num_tokens))
+    _, parts = tiles.cut(num_tokens // batch, num_tokens)
     num_sums = (0 if dout is None else 2) + (branch is not None)
     return (
         tokens.new_empty(0 if dout is None else tokens.shape),
@@ -317,12 +322,13 @@ def _gated_norm_backward(
     """Gradients of the sum over the groups and of z, and of weight and bias `(parts, 2, d)`, to add up."""
     total, z, dout = total.contiguous(), _uniform_rows(z), dout.contiguous()
     dtotal, dz, sums, tiles = _gated_norm_gradients(total, z)
-    width, num_tokens = z.shape[-1], z.numel() // z.shape[-1]
+    num_tokens = z.numel() // z.shape[-1]
+    tokens_a_part, _ = tiles.cut(num_tokens, num_tokens)
     with torch.cuda.device_of(z):
         kernels.gated_norm_bwd_kernel[(len(sums),)](
             *(total, z, weight, bias, dout, dtotal, dz, sums),
-            *(num_tokens, tiles.tokens_a_part(num_tokens), z.stride(-2), eps),
-            **(tiles.options(width) | {"STAGES": _GATED_NORM_BACKWARD.stages}),
+            *(num_tokens, tokens_a_part, z.stride(-2), eps),
+            **(tiles.options(z.shape[-1]) | {"STAGES": _GATED_NORM_BACKWARD.stages}),
         )
     return dtotal, dz, sums
 
@@ -338,7 +344,7 @@ def _gated_norm_gradients(total: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Ten
     """Room for what `_gated_norm_backward` returns, and how its tokens are cut."""
     width, num_tokens = z.shape[-1], z.numel() // z.shape[-1]
     tiles = _Tiles.of(num_tokens, width, vector=_GATED_NORM_BACKWARD.vector)
-    parts = -(-num_tokens // tiles.tokens_a_part(num_tokens))
+    _, parts = tiles.cut(num_tokens, num_tokens)
     sums = z.new_empty((parts, 2, width), dtype=torch.float32)
     return total.new_empty(total.shape), z.new_empty(z.shape), sums, tiles
 
@@ -414,7 +420,7 @@ def residual_norm(
     The norm is of the sum before that is rounded to x's dtype, its gradient that of the rounded sum.
 
     Args:
-        x: `(B, ..., d)`. fp32, bf16 or fp16, like all that follow.
+        x: `(B, ..., d)`, B at least 1. fp32, bf16 or fp16, like all that follow.
         branch, gate: like x, and `(B, d)`; both None for x alone, which is then returned as it is.
         weight, bias: `(d,)`, or None.
         shift, scale: `(B, d)`. Slices of a larger tensor, as `gate`, are read in place.
@@ -431,11 +437,18 @@ def residual_norm(
 
 
 def residual_sum(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """`x + gate * branch` with its gradients, where no norm follows that makes the sum.
+    """`x + gate * branch`, in x's dtype, where no norm follows that makes the sum.
 
-    x and branch `(B, H, W, d)`, gate `(B, d)`; in x's dtype.
+    Args:
+        x: `(B, ..., d)`, B at least 1. fp32, bf16 or fp16, like all that follow.
+        branch, gate: like x, and `(B, d)`.
+
+    Raises ValueError for a dtype that the kernels do not read.
     """
-    return _ResidualSum.apply(x, branch, gate)
+    check_dtypes(x=x, branch=branch, gate=gate)
+    if _needs_gradient(x, branch, gate):
+        return _ResidualSum.apply(x, branch, gate)
+    return _residual_sum(x, branch, gate)
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -444,7 +457,8 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -
     The norm is of the sum in fp32, its gradient that of the sum in y's dtype.
 
     Args:
-        y: `(..., groups, d)`, for each token of z in their order. fp32, bf16 or fp16, like all that follow.
+        y: `(..., groups, d)`, for each token of z, one at least, in their order. fp32, bf16 or fp16, like all
+            that follow.
         z: `(..., d)`; half of a projection's output is read in place.
         weight, bias: `(d,)`.
 

@@ -5,9 +5,9 @@ computed, all in fp32 and in this order (the variance is of differences from the
 costs no digits).
 
 A program has TOKENS tokens, whose D channels it cuts into tiles of TOKENS x CHUNK. CHUNK is a power of two, D
-any number: a width of 320 is five tiles of 64, where one of 512 would idle at 37 % of its channels. A tile
-has one load of 16 bytes a thread, 8 channels of the half precisions. Vectors that are the same for many
-tokens (weights, AdaLN vectors) are read again for each: the cache of the multiprocessor has them.
+any number: a width of 320 is five tiles of 64, where one of 512 would idle at 37 % of its channels. Forward,
+a tile has one load of 16 bytes a thread, 8 channels of the half precisions. Vectors that are the same for
+many tokens (weights, AdaLN vectors) are read again for each: the cache of the multiprocessor has them.
 
 All loads stand before the first store: a compiler cannot know that they do not overlap, and would make each
 tile wait for the one before.
@@ -141,7 +141,7 @@ def _normalized(  # type: ignore[no-untyped-def]  # kernel
 def residual_norm_kernel(  # type: ignore[no-untyped-def]  # kernel
     x_ptr,  # (num_tokens, D)
     branch_ptr,  # (num_tokens, D) or None
-    gate_ptr,  # (batch, D), rows VECTORS apart, like shift and scale
+    gate_ptr,  # (batch, D), rows vectors_stride apart, like shift and scale
     weight_ptr,  # (D,) or None, like bias
     bias_ptr,
     shift_ptr,

@@ -261,9 +261,17 @@ class LaMambaDiff(ModelMixin, ConfigMixin):
         for block in blocks.children():
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 assert self._gradient_checkpointing_func is not None
-                residual = self._gradient_checkpointing_func(block, residual, next(vectors), geometry)
+                x = self._gradient_checkpointing_func(
+                    self._summed, block, residual.x, next(vectors), geometry
+                )
+                residual = Residual(x)
             else:
                 residual = block(residual, next(vectors), geometry)
+        return residual.sum(use_kernels=self._scan_backend.kernels)
+
+    def _summed(self, block: nn.Module, x: Tensor, vectors: Tensor, geometry: nn.Module) -> Tensor:
+        """A block as it is checkpointed: what is kept between blocks is x alone."""
+        residual: Residual = block(Residual(x), vectors, geometry)
         return residual.sum(use_kernels=self._scan_backend.kernels)
 
     def _grids(self, height: int, width: int) -> dict[int, nn.Module]:

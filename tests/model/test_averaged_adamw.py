@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,13 +29,14 @@ def _optimizer(
     captured: bool = False,
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
 ) -> AveragedAdamW:
     return AveragedAdamW(
         parameters,
         [parameter.detach().clone() for parameter in parameters],
         betas=betas,
         weight_decay=weight_decay,
-        max_grad_norm=1.0,
+        max_grad_norm=max_grad_norm,
         average_decay=0.3,
         captured=captured,
     )
@@ -45,19 +48,22 @@ def _set_gradients(parameters: list[Tensor], step: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
-def test_step_equals_adamw_with_a_float_learning_rate() -> None:
+@pytest.mark.parametrize("max_grad_norm", [1.0, 1e6, math.inf], ids=["clips", "could_clip", "never_clips"])
+def test_step_equals_adamw_with_a_float_learning_rate(max_grad_norm: float) -> None:
+    """And with torch's clipping; a parameter without a gradient is left alone."""
     ours, theirs = _parameters(), _parameters()
-    optimizer = _optimizer(ours)
+    optimizer = _optimizer(ours, max_grad_norm=max_grad_norm)
     adamw = torch.optim.AdamW(theirs, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = [parameter.detach().clone() for parameter in theirs]
     for step in range(5):
         _set_gradients(ours, step)
+        _set_gradients(theirs, step)
+        ours[-1].grad = theirs[-1].grad = None
         optimizer.schedule(learning_rate=0.1 / (step + 1), step=step)
         norm = optimizer.step()
         assert all(parameter.grad is None for parameter in ours)
 
-        _set_gradients(theirs, step)
-        expected = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        expected = torch.nn.utils.clip_grad_norm_(theirs, max_grad_norm)
         adamw.param_groups[0]["lr"] = 0.1 / (step + 1)
         adamw.step()
         with torch.no_grad():

@@ -368,7 +368,7 @@ def selective_scan(
 
     The step sizes are products of dt and of the weight in dt's dtype, summed in fp32 and never rounded. Each
     direction's y is stored in u's dtype, as its gradient of u is. A path as long as the sequence is taken to
-    be a permutation, and no path visits a token twice.
+    be a permutation, and no path visits a token twice. Gradients are those of the directions' sum.
 
     Raises ValueError for an input dtype that the kernels do not read, and for more tokens than they count.
     """

@@ -39,7 +39,9 @@ TOLERANCE = {  # relative RMS
 }
 BACKWARD_TOLERANCE = {  # by the shorter of the inputs' dtypes
     torch.float32: 1e-5,  # sums over tokens cancel
-    torch.bfloat16: 1.2e-2,  # the saved sum's rounding and the result's, as above
+    # Three times the result's own rounding: the gate's norm saves the sum of y over the groups rounded, whose
+    # error is a part of its deviation and so weighs more; the interpreter doubles both.
+    torch.bfloat16: 1.2e-2,
     torch.float16: 1.2e-3,
 }
 EPS = 1e-5
@@ -152,13 +154,17 @@ def doubled(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
 
 
-def assert_residual_norm_gradients(case: Case, device: str, dtype: torch.dtype) -> None:
-    """As under autocast where `dtype` is short: x and the weights are fp32."""
+def assert_residual_norm_gradients(
+    case: Case, device: str, dtype: torch.dtype, *, x_dtype: torch.dtype = torch.float32
+) -> None:
+    """x and the weights are fp32, as under autocast, unless `x_dtype` says otherwise."""
     shape = (case.batch, *case.grid, case.width)
-    x = (random(*shape, seed=0, device=device) + case.mean).requires_grad_()
+    x = (random(*shape, seed=0) + case.mean).to(device, x_dtype).requires_grad_()
     branch = random(*shape, seed=1, device=device, dtype=dtype).requires_grad_() if case.branch else None
     vectors = random(case.batch, 4 * case.width + 16, seed=2, device=device, dtype=dtype).requires_grad_()
-    weights = random(2, case.width, seed=3, device=device).requires_grad_() if case.affine else None
+    weights = random(2, case.width, seed=3, device=device, dtype=x_dtype) if case.affine else None
+    if weights is not None:
+        weights.requires_grad_()
 
     def run(norm: Callable[..., Any], inputs: Sequence[Any]) -> Sequence[Tensor]:
         x, branch, vectors, weights = inputs
@@ -170,9 +176,9 @@ def assert_residual_norm_gradients(case: Case, device: str, dtype: torch.dtype) 
     inputs = (x, branch, vectors, weights)
     exact_inputs = doubled(inputs)
     outputs, exact = run(fused_norms.residual_norm, inputs), run(torchs_residual_norm, exact_inputs)
-    assert (outputs[0].dtype, outputs[-1].dtype) == (torch.float32 if case.branch else dtype, dtype)
+    assert (outputs[0].dtype, outputs[-1].dtype) == (x_dtype if case.branch else dtype, dtype)
     for output, expected in zip(outputs, exact, strict=True):
-        assert relative_rms(output, expected) <= BACKWARD_TOLERANCE[output.dtype]
+        assert relative_rms(output, expected) <= 2 * TOLERANCE[output.dtype] + case.mean * 2**-24
     given = [[t for t in tensors if t is not None] for tensors in (inputs, exact_inputs)]
     assert_gradients(outputs, given[0], exact, given[1], BACKWARD_TOLERANCE[dtype])
 
@@ -290,7 +296,7 @@ def test_residual_norm_takes_numbers_of_several_dtypes() -> None:
     expected = norm.double()(Residual(*doubles[:3]), *doubles[3:])
     for value, exact, dtype in zip(outputs, expected, (torch.float32, torch.bfloat16), strict=True):
         assert value.dtype == dtype
-        assert relative_rms(value, exact) <= BACKWARD_TOLERANCE[dtype]
+        assert relative_rms(value, exact) <= (1 if dtype == torch.float32 else 2) * TOLERANCE[dtype]
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -298,6 +304,12 @@ def test_residual_norm_takes_numbers_of_several_dtypes() -> None:
 @parametrize_cases(CASES)
 def test_residual_norm_has_the_references_gradients(case: Case, dtype: torch.dtype) -> None:
     assert_residual_norm_gradients(case, "cpu", dtype)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", ["width_20", "no_branch"])
+def test_residual_norm_has_the_references_gradients_in_bf16_alone(name: str) -> None:
+    assert_residual_norm_gradients(CASES[name], "cpu", torch.bfloat16, x_dtype=torch.bfloat16)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -358,6 +370,8 @@ def test_norms_reject_dtypes_they_cannot_read(dtype: torch.dtype) -> None:
     x, vector = torch.zeros(1, 2, 2, 8), torch.zeros(1, 8)
     with pytest.raises(ValueError, match=f"scale: {dtype} given"):
         fused_norms.residual_norm(x, None, None, None, None, vector, vector.to(dtype), EPS)
+    with pytest.raises(ValueError, match=f"gate: {dtype} given"):
+        fused_norms.residual_sum(x, x, vector.to(dtype))
     with pytest.raises(ValueError, match=f"y: {dtype} given"):
         fused_norms.gated_norm(x.to(dtype), x, vector[0], vector[0], EPS)
     with pytest.raises(ValueError, match=f"x: {dtype} given"):
@@ -407,6 +421,7 @@ def test_norms_have_the_shapes_that_the_compiler_is_told() -> None:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+PLAIN = ScanBackend("plain", vectorized.selective_scan)
 KERNELS = ScanBackend("kernels", vectorized.selective_scan, kernels=True)
 
 
@@ -452,27 +467,38 @@ def test_network_with_kernels_equals_the_network_on_torchs_path(
 
 @pytest.mark.usefixtures("interpreted", "no_other_kernels")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, in tracing
-@pytest.mark.parametrize(
-    ("checkpointing", "compiled"), [(False, True), (True, False)], ids=["traced", "checkpointing"]
-)
-def test_network_with_kernels_trains_as_on_torchs_path(
-    network: LaMambaDiff, checkpointing: bool, compiled: bool
-) -> None:
-    """Outputs and the gradients of all parameters."""
+def test_network_with_kernels_trains_as_on_torchs_path(network: LaMambaDiff) -> None:
+    """Outputs and the gradients of all parameters, in fp32; checkpointed, and one block traced."""
     results = []
-    for backend in (ScanBackend("torch", vectorized.selective_scan), KERNELS):
+    for backend in (PLAIN, KERNELS):
         network.use_scan_backend(backend)
         network.zero_grad()
-        if backend is KERNELS and checkpointing:
+        if backend is KERNELS:
             network.enable_gradient_checkpointing()
-        if backend is KERNELS and compiled:
-            network.compile_repeated_blocks(backend="aot_eager", dynamic=False, fullgraph=True)
+            network.encoder[0][1].compile(backend="aot_eager", dynamic=False, fullgraph=True)
         sample = network(*_inputs(8, 8)).sample
         sample.square().mean().backward()
         results.append([sample, *(parameter.grad for parameter in network.parameters())])
     for value, expected in zip(*results, strict=True):
         assert value is not None
-        assert relative_rms(value, expected.double()) < 2e-5  # as another batch size makes
+        assert relative_rms(value, expected.double()) < 2e-5  # roundings of fp32 through the whole network
+
+
+@pytest.mark.usefixtures("interpreted", "no_other_kernels")
+def test_network_with_kernels_trains_under_autocast_as_exactly_as_on_torchs_path(
+    network: LaMambaDiff,
+) -> None:
+    """Errors of all gradients together, against fp32: the interpreter's bf16 doubles those of the kernels."""
+    gradients = []
+    for backend, autocast in ((PLAIN, False), (PLAIN, True), (KERNELS, True)):
+        network.use_scan_backend(backend)
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            sample = network(*_inputs(8, 8)).sample
+        sample.float().square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    exact, torchs, kernels = gradients
+    assert relative_rms(kernels, exact.double()) < 2 * relative_rms(torchs, exact.double())
 
 
 @pytest.mark.gpu
@@ -488,7 +514,7 @@ def test_residual_norm_matches_reference_on_cuda(case: Case, dtype: torch.dtype)
 @pytest.mark.parametrize("y_dtype", [None, torch.float32], ids=["like_z", "fp32"])
 @parametrize_dtypes(*TOLERANCE)
 @pytest.mark.parametrize("batch", [1, 2, 128])
-@pytest.mark.parametrize(("width", "side"), [(640, 32), (1280, 16), (2560, 8), (40, 5), (7, 3)])
+@pytest.mark.parametrize(("width", "side"), [(640, 32), (1280, 16), (2560, 8), (5120, 4), (40, 5), (7, 3)])
 def test_gated_norm_matches_reference_on_cuda(
     width: int, side: int, batch: int, dtype: torch.dtype, y_dtype: torch.dtype | None
 ) -> None:
@@ -501,6 +527,7 @@ def test_gated_norm_matches_reference_on_cuda(
 @parametrize_cases(GPU_CASES)
 def test_residual_norm_has_the_references_gradients_on_cuda(case: Case, dtype: torch.dtype) -> None:
     assert_residual_norm_gradients(case, "cuda", dtype)
+    assert_residual_norm_gradients(case, "cuda", dtype, x_dtype=dtype)
     if case.branch:
         assert_residual_sum_gradients(case, "cuda", dtype)
 
@@ -511,7 +538,7 @@ def test_residual_norm_has_the_references_gradients_on_cuda(case: Case, dtype: t
 @parametrize_dtypes(*TOLERANCE)
 @pytest.mark.parametrize("batch", [1, 2, 128])
 @pytest.mark.parametrize(
-    ("width", "num_tokens"), [(640, 1024), (1280, 256), (2560, 64), (528, 64), (40, 25), (7, 9)]
+    ("width", "num_tokens"), [(640, 1024), (1280, 256), (2560, 64), (5120, 16), (528, 64), (40, 25), (7, 9)]
 )
 def test_gated_norm_has_the_references_gradients_on_cuda(
     width: int, num_tokens: int, batch: int, dtype: torch.dtype, groups: int

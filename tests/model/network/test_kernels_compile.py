@@ -109,7 +109,7 @@ def test_depthwise_conv_compiles(has_bias: bool) -> None:
     depthwise_conv._backward(u, weight, bias, out)
 
 
-@pytest.mark.parametrize("width", [320, 2560])
+@pytest.mark.parametrize("width", [320, 5120])
 def test_norms_compile(width: int) -> None:
     x, vectors = torch.zeros(1, 4, 4, width, dtype=DTYPE), torch.zeros(1, 3 * width, dtype=DTYPE)
     weight, bias = torch.zeros(2, width, dtype=DTYPE)
@@ -120,6 +120,8 @@ def test_norms_compile(width: int) -> None:
     wide, weights = x.float(), (weight.float(), bias.float())
     fused_norms.residual_norm(wide, x, gate, *weights, shift, scale, 1e-5)
     fused_norms._residual_norm_backward(wide, x, gate, weights[0], scale, wide, x, 1e-5)
+    fused_norms._residual_norm_backward(x, x, gate, weight, scale, x, x, 1e-5)
+    fused_norms._residual_sum(wide, x, gate)
     fused_norms._residual_norm_backward(wide, None, None, None, scale, None, x, 1e-5)
     fused_norms._residual_norm_backward(None, x, gate, None, None, wide, None, 1e-5)
     z = torch.zeros(1, 4, 4, 2 * width, dtype=DTYPE).chunk(2, dim=-1)[1]
