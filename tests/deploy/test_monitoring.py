@@ -10,7 +10,6 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ import yaml
 
 from model.pretrained import default_model_dir
 from service.app import create_app
+from service.benchmark.server import free_port
 from service.metrics import Metrics
 from service.runtime import Runtime
 from service.settings import Settings
@@ -138,40 +138,34 @@ def running_prometheus(target: str, folder: Path) -> Iterator[str]:
     service["static_configs"] = [{"targets": [target.removeprefix("http://")]}]
     config["scrape_configs"] = [service]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    address = free_address()
     command = [program("prometheus"), "--config.file=prometheus.yml", "--storage.tsdb.path=data"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, f"--web.listen-address={address}", "--log.level=warn"], cwd=folder, stderr=log
-        )
-    try:
-        # Before it has opened its data it answers queries with a text.
-        wait_until(lambda: httpx.get(f"http://{address}/-/ready", trust_env=False).status_code == 200)
-        yield f"http://{address}"
-    finally:
-        process.terminate()
-        process.wait(TIMEOUT_S)
+    # Before it has opened its data it answers queries with a text.
+    with running([*command, "--log.level=warn"], folder) as url:
+        yield url
 
 
 @contextmanager
 def running_alertmanager(folder: Path) -> Iterator[str]:
     """Alertmanager with our configuration; gives its URL."""
-    address = free_address()
     files = [f"--config.file={ALERTMANAGER / 'alertmanager.yml'}", f"--storage.path={folder}"]
     command = [program("prometheus-alertmanager"), *files, "--cluster.listen-address="]
+    with running(command, folder) as url:
+        yield url
+
+
+@contextmanager
+def running(command: list[str], folder: Path) -> Iterator[str]:
+    """A program of Prometheus', in `folder`, once it is ready; gives its URL."""
+    url = f"http://127.0.0.1:{free_port()}"
+    listen = f"--web.listen-address={url.removeprefix('http://')}"
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*command, f"--web.listen-address={address}"], stderr=log)
+        process = subprocess.Popen([*command, listen], cwd=folder, stderr=log)
     try:
-        wait_until(lambda: httpx.get(f"http://{address}/-/ready", trust_env=False).status_code == 200)
-        yield f"http://{address}"
+        wait_until(lambda: httpx.get(f"{url}/-/ready", trust_env=False).status_code == 200)
+        yield url
     finally:
         process.terminate()
         process.wait(TIMEOUT_S)
-
-
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def put_under_load(url: str, stop: threading.Event) -> None:
