@@ -58,10 +58,9 @@ class AveragedAdamW:
         # What GradScaler sets for the same purpose: a fused step changes nothing where `found_inf` is 1, and
         # divides gradients by `grad_scale` as it reads them. So clipping is no pass of its own; but the step
         # writes the quotients back, so it is not asked to divide where nothing can clip.
-        self._clipping = torch.ones((), device=device)
         self._adamw.found_inf = self.skipped  # type: ignore[attr-defined]
-        if math.isfinite(max_grad_norm):
-            self._adamw.grad_scale = self._clipping  # type: ignore[attr-defined]
+        self._clipping = torch.ones((), device=device) if math.isfinite(max_grad_norm) else None
+        self._adamw.grad_scale = self._clipping  # type: ignore[attr-defined]
         # average += weight * (parameter - average) is a step of gradient descent along `-parameter`, with
         # decay 1 and the weight for a learning rate. It passes over memory once, where torch._foreach_lerp_
         # wants a weight that the host knows.
@@ -84,7 +83,8 @@ class AveragedAdamW:
     def step(self) -> Tensor:
         """Apply the parameters' gradients, then free them; returns their norm before clipping."""
         grad_norm = self._grad_norm()
-        self._clipping.copy_((grad_norm / self.max_grad_norm).clamp(min=1))
+        if self._clipping is not None:
+            self._clipping.copy_((grad_norm / self.max_grad_norm).clamp(min=1))
         self.skipped.copy_(~torch.isfinite(grad_norm))
         self.skipped_steps += self.skipped
         self.skipped_in_a_row.add_(1).mul_(self.skipped)

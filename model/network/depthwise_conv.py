@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.network import depthwise_conv_kernels as kernels
-from model.network.triton_jit import check_dtypes
+from model.network.triton_jit import check_dtypes, needs_gradient
 
 COLUMNS = 4  # of a strip
 NUM_WARPS = 4
@@ -181,7 +181,6 @@ def conv3x3_silu(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Raises ValueError for a dtype that the kernels do not read.
     """
     check_dtypes(u=u, weight=weight, bias=bias)
-    inputs = (u, weight) if bias is None else (u, weight, bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+    if needs_gradient(u, weight, bias):
         return _Conv3x3SiLU.apply(u, weight, bias)
     return _forward(u, weight, bias)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.network import fused_norms_kernels as kernels
-from model.network.triton_jit import check_dtypes
+from model.network.triton_jit import check_dtypes, needs_gradient
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 VECTOR_BYTES = 16  # of a tile that a thread has: one load
@@ -26,19 +26,9 @@ VECTOR_BYTES = 16  # of a tile that a thread has: one load
 FILLING_PROGRAMS = 2 * 132
 BACKWARD_PROGRAMS = 2 * FILLING_PROGRAMS  # about, where there are tokens for them
 MAX_TOKENS_A_PART = 256  # of a program of the backward
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Backward:
-    """What was fastest on an H200 at XL's sizes."""
-
-    vector: int
-    stages: int
-    """Tiles that are under way."""
-
-
-_RESIDUAL_NORM_BACKWARD = _Backward(vector=2, stages=1)
-_GATED_NORM_BACKWARD = _Backward(vector=4, stages=3)
+# Channels of a backward's load, and how many of its tiles are under way: fastest on an H200 at XL's sizes.
+RESIDUAL_NORM_VECTOR, RESIDUAL_NORM_STAGES = 2, 1
+GATED_NORM_VECTOR, GATED_NORM_STAGES = 4, 3
 
 
 def kernels_run(use_kernels: bool) -> bool:
@@ -81,18 +71,29 @@ class _Tiles:
     def grid(self, num_tokens: int) -> tuple[int]:
         return (-(-num_tokens // self.tokens),)
 
-    def cut(self, run: int, num_tokens: int) -> tuple[int, int]:
-        """How a run of tokens, of all `num_tokens`, is cut for the backward: whole tiles of tokens for each
-        program, and the programs.
-        """
-        about = min(MAX_TOKENS_A_PART, max(1, num_tokens // BACKWARD_PROGRAMS))
-        part = -(-run // max(1, run // about))
-        part = -(-part // self.tokens) * self.tokens
-        return part, -(-run // part)
-
     def options(self, width: int) -> dict[str, int]:
         """The kernels' compile-time arguments."""
         return {"D": width, "CHUNK": self.chunk, "TOKENS": self.tokens, "num_warps": self.num_warps}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """How runs of tokens, whose gradients are summed apart, are cut for a backward."""
+
+    tiles: _Tiles
+    run: int
+    part: int
+    """Tokens of a program: whole tiles."""
+    parts: int
+    """Programs of a run."""
+
+    @classmethod
+    def of(cls, runs: int, run: int, width: int, *, vector: int) -> _Cut:
+        tiles = _Tiles.of(runs * run, width, vector=vector)
+        about = min(MAX_TOKENS_A_PART, max(1, runs * run // BACKWARD_PROGRAMS))
+        part = -(-run // max(1, run // about))
+        part = -(-part // tiles.tokens) * tiles.tokens
+        return cls(tiles=tiles, run=run, part=part, parts=-(-run // part))
 
 
 @torch.library.custom_op("lamamba::residual_norm", mutates_args=())
@@ -183,15 +184,13 @@ def _residual_norm_backward(
         tensor if tensor is None else tensor.contiguous() for tensor in (total, branch, dtotal, dout)
     )
     (gate, scale), vectors_stride = _in_one_distance(gate, scale)
-    dx, dbranch, sums, tiles = _residual_norm_gradients(total, branch, dtotal, dout, gate, scale)
+    dx, dbranch, sums, cut = _residual_norm_gradients(total, branch, dtotal, dout, gate, scale)
     batch, parts, num_sums, width = sums.shape
-    tokens_a_row = dx.numel() // (batch * width) if branch is None else dbranch.numel() // (batch * width)
-    tokens_a_part, _ = tiles.cut(tokens_a_row, batch * tokens_a_row)
     with torch.cuda.device_of(sums):
         kernels.residual_norm_bwd_kernel[(batch * parts,)](
             *(total, branch, gate, weight, scale, dtotal, dout, dx, dbranch, sums),
-            *(tokens_a_row, tokens_a_part, parts, vectors_stride, eps),
-            **(tiles.options(width) | {"SUMS": num_sums, "STAGES": _RESIDUAL_NORM_BACKWARD.stages}),
+            *(cut.run, cut.part, parts, vectors_stride, eps),
+            **(cut.tiles.options(width) | {"SUMS": num_sums, "STAGES": RESIDUAL_NORM_STAGES}),
         )
     return dx, dbranch, sums
 
@@ -217,20 +216,19 @@ def _residual_norm_gradients(
     dout: Tensor | None,
     gate: Tensor | None,
     scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, _Tiles]:
-    """Room for what `_residual_norm_backward` returns, and how its tokens are cut."""
+) -> tuple[Tensor, Tensor, Tensor, _Cut]:
+    """Room for what `_residual_norm_backward` returns, and how its tokens are cut: each row's by itself."""
     tokens, vectors = total if dtotal is None else dtotal, gate if scale is None else scale
     assert tokens is not None
     assert vectors is not None
-    (batch, width), num_tokens = vectors.shape, tokens.numel() // tokens.shape[-1]
-    tiles = _Tiles.of(num_tokens, width, vector=_RESIDUAL_NORM_BACKWARD.vector)
-    _, parts = tiles.cut(num_tokens // batch, num_tokens)
+    batch, width = vectors.shape
+    cut = _Cut.of(batch, tokens.numel() // (batch * width), width, vector=RESIDUAL_NORM_VECTOR)
     num_sums = (0 if dout is None else 2) + (branch is not None)
     return (
         tokens.new_empty(0 if dout is None else tokens.shape),
         tokens.new_empty(0) if branch is None else branch.new_empty(branch.shape),
-        tokens.new_empty((batch, parts, num_sums, width), dtype=torch.float32),
-        tiles,
+        tokens.new_empty((batch, cut.parts, num_sums, width), dtype=torch.float32),
+        cut,
     )
 
 
@@ -321,14 +319,12 @@ def _gated_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sum over the groups and of z, and of weight and bias `(parts, 2, d)`, to add up."""
     total, z, dout = total.contiguous(), _uniform_rows(z), dout.contiguous()
-    dtotal, dz, sums, tiles = _gated_norm_gradients(total, z)
-    num_tokens = z.numel() // z.shape[-1]
-    tokens_a_part, _ = tiles.cut(num_tokens, num_tokens)
+    dtotal, dz, sums, cut = _gated_norm_gradients(total, z)
     with torch.cuda.device_of(z):
         kernels.gated_norm_bwd_kernel[(len(sums),)](
             *(total, z, weight, bias, dout, dtotal, dz, sums),
-            *(num_tokens, tokens_a_part, z.stride(-2), eps),
-            **(tiles.options(z.shape[-1]) | {"STAGES": _GATED_NORM_BACKWARD.stages}),
+            *(cut.run, cut.part, z.stride(-2), eps),
+            **(cut.tiles.options(z.shape[-1]) | {"STAGES": GATED_NORM_STAGES}),
         )
     return dtotal, dz, sums
 
@@ -340,13 +336,12 @@ def _(
     return _gated_norm_gradients(total, z)[:3]
 
 
-def _gated_norm_gradients(total: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, _Tiles]:
+def _gated_norm_gradients(total: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, _Cut]:
     """Room for what `_gated_norm_backward` returns, and how its tokens are cut."""
-    width, num_tokens = z.shape[-1], z.numel() // z.shape[-1]
-    tiles = _Tiles.of(num_tokens, width, vector=_GATED_NORM_BACKWARD.vector)
-    _, parts = tiles.cut(num_tokens, num_tokens)
-    sums = z.new_empty((parts, 2, width), dtype=torch.float32)
-    return total.new_empty(total.shape), z.new_empty(z.shape), sums, tiles
+    width = z.shape[-1]
+    cut = _Cut.of(1, z.numel() // width, width, vector=GATED_NORM_VECTOR)
+    sums = z.new_empty((cut.parts, 2, width), dtype=torch.float32)
+    return total.new_empty(total.shape), z.new_empty(z.shape), sums, cut
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -429,7 +424,7 @@ def residual_norm(
     """
     check_dtypes(x=x, branch=branch, gate=gate, weight=weight, bias=bias, shift=shift, scale=scale)
     inputs = (x, branch, gate, weight, bias, shift, scale)
-    if _needs_gradient(*inputs):
+    if needs_gradient(*inputs):
         total_and_out = _ResidualNorm.apply(*inputs, eps)
         return (x, total_and_out) if branch is None else total_and_out
     total, out = _residual_norm(*inputs, eps)
@@ -446,7 +441,7 @@ def residual_sum(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     Raises ValueError for a dtype that the kernels do not read.
     """
     check_dtypes(x=x, branch=branch, gate=gate)
-    if _needs_gradient(x, branch, gate):
+    if needs_gradient(x, branch, gate):
         return _ResidualSum.apply(x, branch, gate)
     return _residual_sum(x, branch, gate)
 
@@ -465,14 +460,10 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -
     Raises ValueError for a dtype that the kernels do not read.
     """
     check_dtypes(y=y, z=z, weight=weight, bias=bias)
-    if _needs_gradient(y, z, weight, bias):
+    if needs_gradient(y, z, weight, bias):
         return _GatedNorm.apply(y, z, weight, bias, eps)
     out, _ = _gated_norm(y, z, weight, bias, eps, False)
     return out
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def merged_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, factor: int) -> Tensor:

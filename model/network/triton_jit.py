@@ -1,4 +1,4 @@
-"""Triton where it is installed, and the dtypes that kernels read.
+"""Triton where it is installed, and what launches ask of the tensors they are given.
 
 A torch for CPUs comes without Triton: kernels are then plain functions that nobody calls
 (`scan.triton_scan.is_available` says so), in modules that can be imported all the same.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HAS_TRITON", "check_dtypes", "jit", "tl"]
+__all__ = ["HAS_TRITON", "check_dtypes", "jit", "needs_gradient", "tl"]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,3 +41,8 @@ def check_dtypes(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in _INPUT_DTYPES:
             raise ValueError(f"{name}: {tensor.dtype} given; float32, bfloat16 or float16 is accepted")
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether gradients are recorded and one of the tensors wants its own; None is not there."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.network import window_attention_kernels as kernels
-from model.network.triton_jit import check_dtypes
+from model.network.triton_jit import check_dtypes, needs_gradient
 
 # A window is one tile of logits, held in registers four times over (logits, their gradient, the bias, its
 # gradient): 64 x 64 is what they hold. Larger windows (16 x 16, global attention) are left to torch.
@@ -220,8 +220,7 @@ def window_attention(
 
     Raises ValueError for a dtype that the kernels do not read.
     """
-    tensors = {"qkv": qkv, "table": table} | ({} if norm_weight is None else {"norm_weight": norm_weight})
-    check_dtypes(**tensors)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
+    check_dtypes(qkv=qkv, table=table, norm_weight=norm_weight)
+    if needs_gradient(qkv, table, norm_weight):
         return _WindowAttention.apply(qkv, table, norm_weight, window, shift)
     return _forward(qkv, table, norm_weight, window, shift)

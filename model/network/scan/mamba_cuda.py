@@ -24,6 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from model.network.scan.reference import project_dt
+from model.network.triton_jit import needs_gradient
 
 EXTENSION = "selective_scan_cuda"
 CHUNK = 2048
@@ -184,7 +185,7 @@ def selective_scan(
     A, D, delta_bias = -torch.exp(A_log.float()), D.float(), delta_bias.float()
     delta = project_dt(dt, dt_proj_weight)
     inputs = (u, delta, A, B, C, D, delta_bias, paths)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+    if needs_gradient(*inputs):
         return _SelectiveScan.apply(*inputs)
     y, _ = _forward(*_kernel_inputs(*inputs))
     return _merge(y, u, paths)

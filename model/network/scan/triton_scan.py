@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.network.scan import triton_kernels
-from model.network.triton_jit import check_dtypes
+from model.network.triton_jit import check_dtypes, needs_gradient
 
 # Programs of one warp that fill an H100: 8 on each of 132 multiprocessors, by their registers.
 FILLING_PROGRAMS = 8 * 132
@@ -379,7 +379,7 @@ def selective_scan(
             f"length: {u.shape[1]} given; the kernels accept {(2**31 - 1) // widest} at this width"
         )
     inputs = (u, dt, dt_proj_weight.to(dt.dtype), A_log, B, C, D, delta_bias, paths)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+    if needs_gradient(*inputs):
         return _SelectiveScan.apply(*inputs)
     y, _ = _forward(*inputs, save_states=False)
     return y

@@ -117,15 +117,12 @@ def assert_residual_norm(case: Case, device: str, dtype: torch.dtype) -> None:
         )
 
     total, out = poisoned(run)
-    exact = x.double()
+    doubles = (None if t is None else t.double() for t in (x, branch, gate, *weights, shift, scale))
+    exact, expected = torchs_residual_norm(*doubles, EPS)
     if branch is None:
         assert total is x
     else:
-        exact = exact + gate.double()[:, None, None] * branch.double()
         assert relative_rms(total, exact) <= TOLERANCE[dtype]
-    weight, bias = (None if w is None else w.double() for w in weights)
-    expected = F.layer_norm(exact, exact.shape[-1:], weight, bias, EPS)
-    expected = expected * (1 + scale.double()[:, None, None]) + shift.double()[:, None, None]
     assert (total.dtype, out.dtype, out.is_contiguous()) == (dtype, dtype, True)
     # The sum's own rounding in fp32, of a number so much larger than its deviation.
     assert relative_rms(out, expected) <= TOLERANCE[dtype] + case.mean * 2**-24
@@ -198,6 +195,11 @@ def torchs_residual_norm(
     return total, normalized * (1 + scale[:, None, None]) + shift[:, None, None]
 
 
+def torchs_gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    normalized = F.layer_norm(y.sum(2), weight.shape, weight, bias, EPS)
+    return normalized.view_as(z) * F.silu(z)
+
+
 def assert_gated_norm_gradients(
     width: int, batch: int, num_tokens: int, groups: int, device: str, dtype: torch.dtype
 ) -> None:
@@ -208,8 +210,7 @@ def assert_gated_norm_gradients(
     out = fused_norms.gated_norm(y, projected.chunk(2, dim=-1)[1], *weights, EPS)
     exact_inputs = doubled(inputs)
     exact_y, exact_projected, exact_weights = exact_inputs
-    normalized = F.layer_norm(exact_y.sum(2), (width,), *exact_weights, EPS)
-    exact = normalized * F.silu(exact_projected.chunk(2, dim=-1)[1])
+    exact = torchs_gated_norm(exact_y, exact_projected.chunk(2, dim=-1)[1], *exact_weights)
     assert_gradients([out], inputs, [exact], exact_inputs, BACKWARD_TOLERANCE[dtype])
 
 
@@ -237,9 +238,9 @@ def assert_gated_norm(
     z = torch.cat([torch.full_like(z, torch.nan), z], dim=-1).chunk(2, dim=-1)[1]
     weight, bias = random(2, width, seed=2, device=device, dtype=dtype)
     out = poisoned(lambda: fused_norms.gated_norm(y, z, weight, bias, EPS))
-    normalized = F.layer_norm(y.double().sum(2), (width,), weight.double(), bias.double(), EPS)
+    expected = torchs_gated_norm(*(tensor.double() for tensor in (y, z, weight, bias)))
     assert (out.dtype, out.is_contiguous()) == (dtype, True)
-    assert relative_rms(out, normalized.view_as(z) * F.silu(z.double())) <= TOLERANCE[dtype]
+    assert relative_rms(out, expected) <= TOLERANCE[dtype]
 
 
 def assert_resampled_norm(module: Any, x: Tensor) -> None:
