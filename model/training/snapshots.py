@@ -65,8 +65,8 @@ def average_of_length(
         with safe_open(files[images], framework="pt") as file:
             for key in [key for key in list(file.keys()) if key.startswith(prefix)]:
                 name = key.removeprefix(prefix)
-                part = file.get_tensor(key).float() * weight
-                average[name] = average[name] + part if name in average else part
+                part = file.get_tensor(key)
+                average.setdefault(name, torch.zeros(part.shape)).add_(part, alpha=weight)
     return average, time
 
 
