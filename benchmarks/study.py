@@ -12,8 +12,8 @@ the work folder as saved states and go on as well; where that folder is lost, on
 `--limit-s` ends in time: training stops with a saved state. Runs come seed by seed, in the order of
 `--recipes`.
 
-The table and the bubble plot (distance against multiply-adds, areas are parameters) are drawn at the end:
-study.md and study.png beside the results, by `benchmarks/study_report.py`.
+The table and, of several networks, the bubble plot (distance against multiply-adds, areas are parameters) are
+drawn at the end: study.md and study.png beside the results, by `benchmarks/study_report.py`.
 
     python benchmarks/study.py --limit-s 520
     python benchmarks/study.py --recipes imagenet-256-b imagenet-256-dit-b-2 --seeds 0 --limit-s 520
@@ -67,7 +67,7 @@ from model.whole_file import write_json
 PLACES_CLASSES, DOWNSAMPLING, LATENT_CHANNELS = 21, 8, 4
 LEAST_START_S = 60.0
 """Less time than this is not worth the start of a run."""
-EVALUATION_S = 90.0
+EVALUATION_S = 60.0
 """What measuring a trained run may take: sampling, features and distances on a GPU."""
 BATCH = 256
 

@@ -40,7 +40,8 @@ def main() -> None:
 
 
 def draw(results: Path, recipes: Sequence[str] = ()) -> str:
-    """Write study.md and, with matplotlib, study.png beside `results`; the table.
+    """Write the table beside `results`, as .md, and with matplotlib, of several networks, the plot as .png;
+    the table.
 
     `recipes` come first and are named also where they have no row yet; others of the file follow.
     """
@@ -49,7 +50,7 @@ def draw(results: Path, recipes: Sequence[str] = ()) -> str:
     results.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(results.with_suffix(".md")) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    if rows and can_plot():
+    if len({row["recipe"] for row in rows} - {FLOOR}) > 1 and can_plot():
         plot(rows, results.with_suffix(".png"))
     return text
 

@@ -185,3 +185,13 @@ def test_the_drawing_has_all_rows(tmp_path: Path) -> None:
     draw(results, ["imagenet-256-s"])
     assert "imagenet-256-dit-s-2" in (tmp_path / "study.md").read_text()
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_options_of_one_network_have_a_table_alone(tmp_path: Path) -> None:
+    """Their bubbles would lie on each other."""
+    option = {"set": ["min_snr_gamma=5"], "config": {"min_snr_gamma": 5}}
+    rows = [_row("imagenet-256-s", 0, 20.0), _row("imagenet-256-s", 0, 19.0) | option]
+    results = tmp_path / "options.json"
+    results.write_text(json.dumps({"rows": rows}))
+    assert "min_snr_gamma=5" in draw(results)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["options.json", "options.md"]
