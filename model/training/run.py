@@ -175,6 +175,7 @@ class _Run:
                 return None
             self.states.finish()
         finally:
+            trainer.capture(False)
             self.source.close()
             if self.watch is not None:
                 self.watch.close()

@@ -5,11 +5,11 @@ run) alone, so a resumed run continues exactly without stored generator states, 
 Parameters, averages and scan state are fp32; the network runs under bf16 autocast on CUDA. A step whose
 gradients are not finite changes nothing, the EMA included, and is counted.
 
-On CUDA a whole step of one process, from drawing latents to the EMA, is one CUDA graph, and the blocks are
-compiled; with ddp it is two, and gradients are summed from within the first on; with fsdp, which gathers
-parameters as it goes, it is launched call by call. The compiler keeps its results in TORCHINDUCTOR_CACHE_DIR:
-with a folder that lasts, or one copied from another machine of the same kind, the next run starts several
-times faster.
+On CUDA a whole step, from drawing latents to the EMA, is one CUDA graph, and the blocks are compiled; with
+fsdp the messages that gather parameters and share out gradients are in it, with ddp it is two graphs, and
+gradients are summed from within the first on. The compiler keeps its results in TORCHINDUCTOR_CACHE_DIR: with
+a folder that lasts, or one copied from another machine of the same kind, the next run starts several times
+faster.
 """
 
 from __future__ import annotations
@@ -100,8 +100,10 @@ class Trainer:
         return losses
 
     def capture(self, captured: bool) -> None:
-        """Launch the next steps as graphs, or call by call. What was captured is given up."""
-        self._captures = captured and self._on_cuda and self.world.mesh is None
+        """Launch the next steps as graphs, or call by call. What was captured is given up, as NCCL wants it
+        to be before its group ends.
+        """
+        self._captures = captured and self._on_cuda
         self._launch: Callable[[], Losses] | None = None
 
     def prepare(self) -> None:

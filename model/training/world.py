@@ -200,10 +200,10 @@ class World:
 def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
     """FSDP2: the parameters of `network` as shards over the ranks of `mesh`, gathered some blocks at a time.
 
-    The host launches an FSDP step call by call, and each time that a group is gathered costs it milliseconds.
-    So groups are as large as the messages of ddp, and stay whole from the forward to the backward pass: the
-    parameters are one of five tensors of their size; gradients, two moments and the EMA stay in shards. The
-    blocks' maps of the conditioning are one group, since the network runs them all before its first block
+    Groups are as large as the messages of ddp: where the host launches call by call, each costs it
+    milliseconds. They stay whole from the forward to the backward pass: the parameters are one of five
+    tensors of their size; gradients, two moments and the EMA stay in shards. The blocks' maps of the
+    conditioning are one group, since the network runs them all before its first block
     (`LaMambaDiff.conditioning`).
     """
     shard = partial(fully_shard, mesh=mesh, reshard_after_forward=False)

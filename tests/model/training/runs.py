@@ -25,8 +25,10 @@ from model.training.trainer import Trainer
 RUNS_END_S = 240.0
 
 
-def start_runs(folder: Path, runs: list[dict[str, Any]], world_size: int) -> list[int | None]:
-    """Call `train` for each of `runs` in so many processes; their exit codes.
+def start_runs(
+    folder: Path, runs: list[dict[str, Any]], world_size: int, *, device: str = "cpu"
+) -> list[int | None]:
+    """Call `train` for each of `runs` in so many processes; their exit codes. On `cuda` each has a device.
 
     What came of a run is in FOLDER/outcome-<number>-<rank>.
     """
@@ -34,7 +36,8 @@ def start_runs(folder: Path, runs: list[dict[str, Any]], world_size: int) -> lis
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["model.training.run"])  # once, and not by each process
     processes = [
-        context.Process(target=_run, args=(folder, runs, rank, world_size)) for rank in range(world_size)
+        context.Process(target=_run, args=(folder, runs, rank, world_size, device))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()
@@ -93,7 +96,7 @@ def _trouble(run: dict[str, Any], rank: int) -> Iterator[None]:
             yield
 
 
-def _run(folder: Path, runs: list[dict[str, Any]], rank: int, world_size: int) -> None:
+def _run(folder: Path, runs: list[dict[str, Any]], rank: int, world_size: int, device: str) -> None:
     with (folder / f"output-{rank}").open("w") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
@@ -104,7 +107,7 @@ def _run(folder: Path, runs: list[dict[str, Any]], rank: int, world_size: int) -
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(run.get("port", 0))}
         with _trouble(run, rank):
             try:
-                result = str(train(TrainConfig.from_dict(run["config"]), device="cpu"))
+                result = str(train(TrainConfig.from_dict(run["config"]), device=device))
             except (SystemExit, Exception) as error:
                 result = f"{type(error).__name__}: {error}"
         (folder / f"outcome-{number}-{rank}").write_text(result)

@@ -28,6 +28,9 @@ from tests.model.training.runs import outcome, start_runs
 
 # Relative RMS, of the losses and of what training changed: sums over the batch in another order.
 TOLERANCE = 1e-4
+# On CUDA the network runs in bf16, which rounds other micro-batches differently. Other samples, or gradients
+# counted twice, differ by tens of percent.
+BF16_TOLERANCE = 5e-2
 NUM_IMAGES, BATCH = 64, 8
 
 
@@ -101,11 +104,11 @@ def tensors(run: Path, images_seen: int) -> dict[str, Tensor]:
     return filled
 
 
-def assert_near(run: Path, straight: Path, images_seen: int) -> None:
+def assert_near(run: Path, straight: Path, images_seen: int, *, tolerance: float = TOLERANCE) -> None:
     torch.testing.assert_close(
         torch.tensor(losses(run)),
         torch.tensor(losses(straight)[: images_seen // BATCH]),
-        rtol=TOLERANCE,
+        rtol=tolerance,
         atol=1e-5,  # the log's last digit
     )
     given, expected = tensors(run, images_seen), tensors(straight, images_seen)
@@ -115,7 +118,7 @@ def assert_near(run: Path, straight: Path, images_seen: int) -> None:
             torch.cat([tensor.flatten() for name, tensor in state.items() if name.startswith(f"{kind}/")])
             for state in (given, expected)
         )
-        assert float((ours - theirs).norm() / theirs.norm()) < TOLERANCE, kind
+        assert float((ours - theirs).norm() / theirs.norm()) < tolerance, kind
 
 
 def assert_same(run: Path, straight: Path, images_seen: int = NUM_IMAGES) -> None:
@@ -220,3 +223,38 @@ def test_a_truncated_newest_state_falls_back(
     assert f"{newest}: damaged, now state-000000000024.damaged; falling back" in caplog.text
     assert f"resuming from {newest.with_name('state-000000000016')}" in caplog.text
     assert_same(tmp_path / "cut", straight, 24)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices_learn_what_one_does(fields: dict[str, Any], tmp_path: Path) -> None:
+    """By ddp and by fsdp, whose messages are in the step's graph: also one that was preempted and went on,
+    and one that was left alone.
+    """
+
+    def entry(run: str, *, trouble: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+        config = (
+            fields | {"output_dir": str(tmp_path / run), "state_every_s": 60, "compile": "none"} | changes
+        )
+        return {"config": config, "port": free_port()} | (trouble or {})
+
+    start_runs(tmp_path / "one", [entry("straight")], world_size=1, device="cuda")
+    assert outcome(tmp_path / "one", 0, 0) == str(tmp_path / "straight" / "model")
+    fsdp = {"parallel": "fsdp", "micro_batch_size": 2}
+    runs = [
+        entry("ddp", parallel="ddp"),
+        entry("fsdp", **fsdp),
+        entry("compiled", compile="block", activation_checkpointing=True, **fsdp),
+        entry("preempted", trouble={"signal": [1, 16]}, **fsdp),
+        entry("preempted", async_save=True, **fsdp),
+        entry("called", cuda_graph=False, **fsdp),
+        entry("lost", trouble={"fault": [1, 16]}, **fsdp),
+    ]
+    start_runs(tmp_path / "two", runs, world_size=2, device="cuda")
+    ends = [[outcome(tmp_path / "two", number, rank) for rank in range(2)] for number in range(len(runs))]
+    for number, name in ((0, "ddp"), (1, "fsdp"), (2, "compiled"), (4, "preempted"), (5, "called")):
+        assert ends[number] == 2 * [str(tmp_path / name / "model")]
+        assert_near(tmp_path / name, tmp_path / "straight", NUM_IMAGES, tolerance=BF16_TOLERANCE)
+    assert ends[3] == 2 * ["SystemExit: 138"]
+    assert ends[6][1] == "RuntimeError: a fault"
+    assert ends[6][0].startswith("RankLost: rank 0 of 2: another rank is gone, or was silent for")
