@@ -2,9 +2,9 @@
 
 Not DistributedDataParallel, whose hooks send from within the backward pass: a step on CUDA is then two
 graphs, the gradients and the update, with the messages between them, launched as ever. So a small network,
-whose 1,500 kernels a host launches slower than the device runs them, keeps its speed. The messages still go
-out under way: where its last gradient is made, a bucket is one tensor and has an event in the first graph,
-which the message waits for on a stream of its own.
+whose kernels a host launches slower than the device runs them, keeps its speed. The messages still go out
+under way: where its last gradient is made, a bucket is one tensor and has an event in the first graph, which
+the message waits for on a stream of its own.
 """
 
 from __future__ import annotations

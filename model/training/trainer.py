@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from model.averaged_adamw import AveragedAdamW
 from model.cuda_graph import CapturedStep, restored
@@ -56,6 +58,7 @@ class Trainer:
         self._objective = Objective(config, self.device)
         if world.mesh is not None:
             shard_network(network.module, world.mesh)
+        self._graphs: list[CapturedStep[Any]] = []
         self.capture(config.cuda_graph)
         self.parameters: dict[str, Tensor] = dict(network.module.named_parameters())
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -100,9 +103,12 @@ class Trainer:
         return losses
 
     def capture(self, captured: bool) -> None:
-        """Launch the next steps as graphs, or call by call. What was captured is given up, as NCCL wants it
-        to be before its group ends.
+        """Launch the next steps as graphs, or call by call. What was captured is freed, which must come
+        before the end of the world that it sends messages in.
         """
+        for graph in self._graphs:
+            graph.close()
+        self._graphs.clear()
         self._captures = captured and self._on_cuda
         self._launch: Callable[[], Losses] | None = None
 
@@ -118,7 +124,11 @@ class Trainer:
         """A function that takes a step, captured if it is to be."""
         buckets = self._buckets
         if buckets is None:
-            return CapturedStep(self._whole_step, self._changed()) if self._captures else self._whole_step
+            if not self._captures:
+                return self._whole_step
+            whole = CapturedStep(self._whole_step, self._changed())
+            self._graphs.append(whole)
+            return whole
 
         def backward() -> tuple[Losses, list[Tensor]]:
             return self._backward(), buckets.gather()
@@ -137,8 +147,10 @@ class Trainer:
 
             return called
         first = CapturedStep(backward, ())  # gradients change nothing that outlives the step
+        self._graphs.append(first)
         losses, flat = first()  # a replay: the capture itself computes nothing
         second = CapturedStep(lambda: update(flat, losses), self._changed(), beside=first)
+        self._graphs.append(second)
 
         def captured() -> Losses:
             first()
@@ -167,6 +179,8 @@ class Trainer:
         for start in range(0, self._rows, self._micro_rows):
             part = slice(start, min(start + self._micro_rows, self._rows))
             count = part.stop - part.start
+            if isinstance(self.network.module, FSDPModule):  # gathered once a step, not for each micro-batch
+                self.network.module.set_reshard_after_backward(part.stop == self._rows)
             losses = self._losses(part)
             (losses.loss * (count / denominator)).backward()
             totals += torch.stack([value.detach() for value in losses]) * (count / self._rows)

@@ -106,6 +106,7 @@ class World:
         make_current(device)
         timeout = timedelta(seconds=rank_timeout_s)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
+        failed = True
         try:
             control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
             mesh = init_device_mesh(device.type, (size,)) if parallel == "fsdp" else None
@@ -120,6 +121,10 @@ class World:
                 control=control,
                 saving=saving,
             )
+            failed = False
+        except SystemExit:  # which all ranks agreed on
+            failed = False
+            raise
         except RuntimeError as error:
             # gloo raises no class of its own, but names its file.
             if isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -127,12 +132,16 @@ class World:
                     f"rank {rank} of {size}: another rank is gone, or was silent for {rank_timeout_s:g} s "
                     "(rank_timeout_s); its log says why. The same command goes on from the newest saved state"
                 )
-                # Now: on CUDA the end of the group may wait for a message that nobody answers.
-                logger.error("%s", lost)
+                logger.error("%s", lost)  # now: ending a group can take as long as its timeout
                 raise lost from error
             raise
         finally:
-            dist.destroy_process_group()
+            if failed and on_cuda:
+                # Its end would wait for messages under way, which nobody may answer; those of a graph have no
+                # timeout.
+                dist.distributed_c10d._abort_process_group()
+            else:
+                dist.destroy_process_group()
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' numbers, on every rank."""
@@ -200,10 +209,10 @@ class World:
 def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
     """FSDP2: the parameters of `network` as shards over the ranks of `mesh`, gathered some blocks at a time.
 
-    Groups are as large as the messages of ddp: where the host launches call by call, each costs it
-    milliseconds. They stay whole from the forward to the backward pass: the parameters are one of five
-    tensors of their size; gradients, two moments and the EMA stay in shards. The blocks' maps of the
-    conditioning are one group, since the network runs them all before its first block
+    Groups are as large as the messages of ddp, for the bandwidth, and since each costs a host that launches
+    call by call milliseconds. They stay whole from the forward pass to the end of the last backward one: the
+    parameters are one of five tensors of their size; gradients, two moments and the EMA stay in shards. The
+    blocks' maps of the conditioning are one group, since the network runs them all before its first block
     (`LaMambaDiff.conditioning`).
     """
     shard = partial(fully_shard, mesh=mesh, reshard_after_forward=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,21 @@ from model.training.run import train
 from model.training.states import FACTS_FILE, load_tensors, read_state, state_folders
 from service.benchmark.server import free_port
 from tests.latents_cache import save_latents
-from tests.model.training.runs import outcome, start_runs
+from tests.model.training.runs import outcome, replays, start_runs
 
-# Relative RMS, of the losses and of what training changed: sums over the batch in another order.
-TOLERANCE = 1e-4
-# On CUDA the network runs in bf16, which rounds other micro-batches differently. Other samples, or gradients
-# counted twice, differ by tens of percent.
-BF16_TOLERANCE = 5e-2
+KINDS = ("network", "ema", "ema-0.1", "exp_avg", "exp_avg_sq")
+# Relative: of the log, and RMS of all that a state holds of a kind. Sums over the batch in another order.
+TOLERANCES = dict.fromkeys(("log", *KINDS), 1e-4)
+# On CUDA the network runs in bf16, and rounds micro-batches differently, by 0.003 of moments. An average that
+# is never moved is 0.006 away, one whose gradients are halved 0.1.
+BF16_TOLERANCES = {
+    "log": 1e-2,
+    "network": 1e-3,
+    "ema": 1e-3,
+    "ema-0.1": 1e-3,
+    "exp_avg": 2e-2,
+    "exp_avg_sq": 2e-2,
+}
 NUM_IMAGES, BATCH = 64, 8
 
 
@@ -104,21 +112,23 @@ def tensors(run: Path, images_seen: int) -> dict[str, Tensor]:
     return filled
 
 
-def assert_near(run: Path, straight: Path, images_seen: int, *, tolerance: float = TOLERANCE) -> None:
+def assert_near(
+    run: Path, straight: Path, images_seen: int, *, tolerances: Mapping[str, float] = TOLERANCES
+) -> None:
     torch.testing.assert_close(
         torch.tensor(losses(run)),
         torch.tensor(losses(straight)[: images_seen // BATCH]),
-        rtol=tolerance,
+        rtol=tolerances["log"],
         atol=1e-5,  # the log's last digit
     )
     given, expected = tensors(run, images_seen), tensors(straight, images_seen)
     assert given.keys() == expected.keys()
-    for kind in ("network", "ema", "ema-0.1", "exp_avg", "exp_avg_sq"):
+    for kind in KINDS:
         ours, theirs = (
             torch.cat([tensor.flatten() for name, tensor in state.items() if name.startswith(f"{kind}/")])
             for state in (given, expected)
         )
-        assert float((ours - theirs).norm() / theirs.norm()) < tolerance, kind
+        assert float((ours - theirs).norm() / theirs.norm()) < tolerances[kind], kind
 
 
 def assert_same(run: Path, straight: Path, images_seen: int = NUM_IMAGES) -> None:
@@ -228,33 +238,53 @@ def test_a_truncated_newest_state_falls_back(
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_devices_learn_what_one_does(fields: dict[str, Any], tmp_path: Path) -> None:
-    """By ddp and by fsdp, whose messages are in the step's graph: also one that was preempted and went on,
-    and one that was left alone.
+    """By ddp and by fsdp, whose messages are in the step's graph, with what comes between the steps: states,
+    snapshots, pictures; also a run that was preempted and went on.
     """
 
-    def entry(run: str, *, trouble: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    def entry(run: str, **changes: Any) -> dict[str, Any]:
+        trouble = {name: changes.pop(name) for name in ("signal", "message") if name in changes}
         config = (
             fields | {"output_dir": str(tmp_path / run), "state_every_s": 60, "compile": "none"} | changes
         )
-        return {"config": config, "port": free_port()} | (trouble or {})
+        return {"config": config, "port": free_port()} | trouble
 
     start_runs(tmp_path / "one", [entry("straight")], world_size=1, device="cuda")
     assert outcome(tmp_path / "one", 0, 0) == str(tmp_path / "straight" / "model")
-    fsdp = {"parallel": "fsdp", "micro_batch_size": 2}
+    between = {"state_every_s": 1e-9, "snapshot_every": 16, "sample_every": 32}
+    fsdp = {"parallel": "fsdp", "micro_batch_size": 2, "message": 2000}
     runs = [
-        entry("ddp", parallel="ddp"),
-        entry("fsdp", **fsdp),
-        entry("compiled", compile="block", activation_checkpointing=True, **fsdp),
-        entry("preempted", trouble={"signal": [1, 16]}, **fsdp),
+        entry("ddp", parallel="ddp", message=2000),
+        entry("fsdp", **fsdp | between),
+        entry("compiled", **fsdp | {"compile": "block", "activation_checkpointing": True}),
+        entry("preempted", signal=[1, 16], **fsdp),
         entry("preempted", async_save=True, **fsdp),
         entry("called", cuda_graph=False, **fsdp),
-        entry("lost", trouble={"fault": [1, 16]}, **fsdp),
     ]
-    start_runs(tmp_path / "two", runs, world_size=2, device="cuda")
-    ends = [[outcome(tmp_path / "two", number, rank) for rank in range(2)] for number in range(len(runs))]
-    for number, name in ((0, "ddp"), (1, "fsdp"), (2, "compiled"), (4, "preempted"), (5, "called")):
-        assert ends[number] == 2 * [str(tmp_path / name / "model")]
-        assert_near(tmp_path / name, tmp_path / "straight", NUM_IMAGES, tolerance=BF16_TOLERANCE)
-    assert ends[3] == 2 * ["SystemExit: 138"]
-    assert ends[6][1] == "RuntimeError: a fault"
-    assert ends[6][0].startswith("RankLost: rank 0 of 2: another rank is gone, or was silent for")
+    start_runs(tmp_path / "two", runs, world_size=2, device="cuda", limit_s=400.0)
+    steps = NUM_IMAGES // BATCH
+    launches = [2 * steps + 1, steps, steps, 2, steps - 2, 0]  # ddp: two a step, and one to see its gradients
+    for rank in range(2):
+        ends = [outcome(tmp_path / "two", number, rank) for number in range(len(runs))]
+        names = ("ddp", "fsdp", "compiled", None, "preempted", "called")
+        assert ends == [str(tmp_path / name / "model") if name else "SystemExit: 138" for name in names]
+        assert [replays(tmp_path / "two", number, rank) for number in range(len(runs))] == launches
+    for name in ("ddp", "fsdp", "compiled", "preempted", "called"):
+        assert_near(tmp_path / name, tmp_path / "straight", NUM_IMAGES, tolerances=BF16_TOLERANCES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_device_alone_in_a_message_is_given_up(
+    fields: dict[str, Any], tmp_path: Path, parallel: str
+) -> None:
+    """Rank 0 has launched a step whose messages rank 1 never sends."""
+    config = fields | {"output_dir": str(tmp_path / "lost"), "parallel": parallel, "compile": "none"}
+    config |= {"state_every_s": 60, "log_every": 100, "rank_timeout_s": 20.0}
+    run = {"config": config, "port": free_port(), "fault": [1, 16]}
+    start_runs(tmp_path, [run], world_size=2, device="cuda", limit_s=90.0)
+    assert outcome(tmp_path, 0, 1) == "RuntimeError: a fault"
+    assert outcome(tmp_path, 0, 0).startswith(
+        "RankLost: rank 0 of 2: another rank is gone, or was silent for"
+    )

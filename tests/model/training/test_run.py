@@ -468,7 +468,9 @@ def test_captured_steps_are_the_steps(make_config: Callable[..., TrainConfig], c
 def test_a_rank_alone_takes_the_steps_of_a_process(
     make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, device: str, parallel: str
 ) -> None:
-    """On CUDA ddp is two graphs with NCCL between them, and fsdp compiles blocks inside its hooks."""
+    """On CUDA ddp is two graphs with NCCL between them, and fsdp one with NCCL in it, and blocks that are
+    compiled inside its hooks.
+    """
     monkeypatch.setattr("model.training.gradients._BUCKET_NUMBERS", 5000)  # several messages and groups
     config = make_config("alone", max_grad_norm=1.0, micro_batch_size=4, activation_checkpointing=True)
     single = _trainer(dataclasses.replace(config, cuda_graph=False), device)
@@ -485,6 +487,39 @@ def test_a_rank_alone_takes_the_steps_of_a_process(
         torch.testing.assert_close(losses, expected, rtol=tolerance, atol=1e-6)
         _assert_same_run(single.optimizer.parameters, trainer.optimizer.parameters, start)
         _assert_same_run(single.optimizer.average, trainer.optimizer.average, start)
+        assert trainer._captures == (device == "cuda")
+        trainer.capture(False)
+
+
+def test_graphs_are_freed_before_their_world_ends(
+    make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of NCCL's group waits for those that hold its messages, also where a run fails."""
+    port = str(free_port())
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    order: list[str] = []
+    prepare, end = Trainer.prepare, dist.destroy_process_group
+
+    def prepared(trainer: Trainer) -> None:
+        prepare(trainer)
+        trainer._graphs.append(SimpleNamespace(close=lambda: order.append("freed")))  # type: ignore[arg-type]
+
+    def ended() -> None:
+        order.append("ended")
+        end()
+
+    def fails(trainer: Trainer) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(Trainer, "prepare", prepared)
+    monkeypatch.setattr(dist, "destroy_process_group", ended)
+    train(make_config("whole", parallel="ddp", num_images=8), device="cpu")
+    monkeypatch.setattr(Trainer, "train_step", fails)
+    with pytest.raises(RuntimeError, match="a fault"):
+        train(make_config("failed", parallel="ddp"), device="cpu")
+    assert order == 2 * ["freed", "ended"]
 
 
 @pytest.mark.gpu
