@@ -36,10 +36,12 @@ serve: $(VENV)/.installed  ## install and serve the shipped models on http://loc
 	$(BIN)/lamamba serve --host $(HOST) --port $(PORT)
 
 programs:  ## as root on Debian, install the programs that tests run
-	@if command -v promtool >/dev/null && command -v amtool >/dev/null && command -v haproxy >/dev/null; then :; \
+	@if command -v promtool >/dev/null && command -v amtool >/dev/null && command -v haproxy >/dev/null \
+		&& { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
-		apt-get -qq install -y --no-install-recommends haproxy prometheus prometheus-alertmanager >/dev/null; then :; \
-	else echo "Prometheus and HAProxy could not be installed: the tests that run them will skip"; fi
+		apt-get -qq install -y --no-install-recommends haproxy prometheus prometheus-alertmanager \
+		chromium fonts-dejavu-core >/dev/null; then :; \
+	else echo "Prometheus, HAProxy and Chromium could not be installed: the tests that run them will skip"; fi
 
 test: programs check  ## install, then run lint, types and every test that takes minutes
 	$(TESTS) -m "not slow and not docker and not ray"
