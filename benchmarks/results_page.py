@@ -118,7 +118,7 @@ def _distance(recipe: str, study: Sequence[dict[str, Any]]) -> str:
 def _cost() -> dict[str, str]:
     """What Table 1's XL at 256 px takes at the rates measured on one GPU."""
     training, sampling = (
-        _json("training-xl-h100.json")["results"]["rows"],
+        _json("training-h200.json")["results"]["rows"],
         _json("images-h100.json")["results"],
     )
     trained = max(row["images_per_second"] for row in training if row["name"] == "XL")

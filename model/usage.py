@@ -16,7 +16,8 @@ __all__ = ["usage_errors"]
 
 @contextmanager
 def usage_errors(*, quiet: bool = False) -> Iterator[None]:
-    """Turn a ValueError or an OSError into that line; anything else is a defect and keeps its traceback.
+    """Turn a ValueError, an OSError or a device's lack of memory into that line; anything else is a defect
+    and keeps its traceback.
 
     `quiet`: without the line of a ValueError, which another process prints.
     """
@@ -27,6 +28,17 @@ def usage_errors(*, quiet: bool = False) -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename and error.strerror else ""
         typer.secho(f"lamamba: {where}{error.strerror or one_line(error)}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from error
+    except RuntimeError as error:
+        import torch  # is there already where it ran out of memory; seconds for a command that needs it not
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        typer.secho(
+            f"lamamba: the device has no memory for that; less at once may fit ({one_line(error)})",
+            fg=typer.colors.RED,
+            err=True,
+        )
         raise typer.Exit(2) from error
     except ValueError as error:
         if not quiet:

@@ -78,6 +78,8 @@ class Evaluation:
         }
         self.ranks.from_main(self._check_output_dir)
         self.judge: Judge | None = None
+        if judge_file is not None and self.places is not None:
+            self.judge = _judge_of(judge_file, self.places)
         self.judge_hash = ""
         self.progress = progress_display()
         self.progress.disable = not self.ranks.is_main
@@ -214,11 +216,8 @@ class Evaluation:
         if self.judge_file is None:
             with self.report.part("judge"):
                 self.ranks.from_main(lambda: self._train_judge(places, path))
-        judge = Judge.load(path, places.device)
-        if judge.labels != places.labels:
-            raise ValueError(f"judge: {path} knows {', '.join(judge.labels)}; a judge of places is accepted")
         self.judge_hash = file_hash(path)
-        return judge
+        return self.judge or _judge_of(path, places)
 
     def _train_judge(self, places: Places, path: Path) -> None:
         """Unless an interrupted run has done so."""
@@ -353,3 +352,11 @@ def _counter(progress: Progress, what: str, images: ImageSet, ranks: Ranks) -> C
     """A function that counts this rank's images as looked at on the display."""
     task = progress.add_task(f"measuring {what}", total=len(ranks.share(images.num)))
     return lambda num: progress.advance(task, num)
+
+
+def _judge_of(path: Path, places: Places) -> Judge:
+    """The judge of the file, on the device of `places`. ValueError for one of other classes."""
+    judge = Judge.load(path, places.device)
+    if judge.labels != places.labels:
+        raise ValueError(f"judge: {path} knows {', '.join(judge.labels)}; a judge of places is accepted")
+    return judge

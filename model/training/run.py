@@ -39,7 +39,7 @@ from model.training.export import export_run
 from model.training.network import build_network
 from model.training.run_folder import claimed_folder
 from model.training.samples import sample_grid
-from model.training.snapshots import take_back_snapshots, write_snapshot
+from model.training.snapshots import missing_snapshots, take_back_snapshots, write_snapshot
 from model.training.source import Source
 from model.training.states import SavedState, StateFolder, load_tensors, newest_state
 from model.training.trainer import Trainer
@@ -90,9 +90,14 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
             ):
                 try:
                     run = _Run(config, data, architecture, world, progress)
+                except torch.OutOfMemoryError as error:
+                    raise _told(ValueError(_no_memory(config, world, error)), world) from error
+                try:
                     return run.whole(stop, deadline=deadline)
                 except torch.OutOfMemoryError as error:
-                    raise ValueError(_no_memory(config, world, error)) from error
+                    raise _told(ValueError(_no_memory(config, world, error)), world) from error
+                except ValueError as error:
+                    raise _told(error, world)
 
 
 class _Run:
@@ -129,8 +134,8 @@ class _Run:
         state = newest_state(self.states.folder, world)
         if state is not None:
             _require_same_run(config, self.facts, state.facts)
-        self.source: Source = data.source(world, progress)
         network = build_network(config, architecture, world.device)
+        self.source: Source = data.source(world, progress)
         parameters = sum(parameter.numel() for parameter in network.module.parameters())
         logger.info(
             "%s: %.2f M parameters, scan %s, %s, %d x %s",
@@ -343,6 +348,13 @@ def _require_installed(config: TrainConfig) -> None:
         raise ValueError("wandb: not installed; pip install 'lamamba[wandb]', or leave the field out")
 
 
+def _told(error: ValueError, world: World) -> ValueError:
+    """`error`, logged where it may be this rank's alone: commands print that of the main rank."""
+    if not world.is_main:
+        logger.error("rank %d of %d: %s", world.rank, world.size, error)
+    return error
+
+
 def _no_memory(config: TrainConfig, world: World, error: torch.OutOfMemoryError) -> str:
     rows = config.rank_batch_size(world.size)
     or_else = "" if config.activation_checkpointing else ", or as many with activation_checkpointing=true"
@@ -375,12 +387,18 @@ def _require_room(config: TrainConfig, architecture: Architecture, world: World,
     """ValueError where disk or memory cannot hold the run's state, whatever else it needs."""
     parameters = network_parameters(architecture)
     state_bytes = 4 * parameters * (4 + len(config.ema_tracks))  # weights, two moments, EMA
-    needed, free = states.bytes_to_save(state_bytes), shutil.disk_usage(config.output_dir).free
+    snapshots = missing_snapshots(
+        Path(config.output_dir) / "snapshots", config.num_images, every=config.snapshot_every
+    )
+    snapshot_bytes = 2 * parameters * len(config.ema_tracks)
+    needed = states.bytes_to_save(state_bytes) + snapshots * snapshot_bytes
+    free = shutil.disk_usage(config.output_dir).free
     if free < needed:
+        also = f", and for {snapshots} snapshots of {snapshot_bytes / 2**30:.1f} GiB" if snapshots else ""
         raise ValueError(
             f"output_dir: {config.output_dir} has {free / 2**30:.1f} GiB free; {needed / 2**30:.1f} GiB are "
             f"needed for {config.keep_states} states of {state_bytes / 2**30:.1f} GiB, and one more while it "
-            "is written"
+            f"is written{also}"
         )
     shards = world.size if world.parallel == "fsdp" else 1
     needed = (state_bytes + 4 * parameters) // shards  # with the gradients

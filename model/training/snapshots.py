@@ -15,7 +15,7 @@ from model.messages import one_line
 from model.training.averages import snapshot_weights, track_name
 from model.whole_file import whole_file
 
-__all__ = ["average_of_length", "take_back_snapshots", "write_snapshot"]
+__all__ = ["average_of_length", "missing_snapshots", "take_back_snapshots", "write_snapshot"]
 
 _NAME = re.compile(r"averages-(\d+)\.safetensors")
 _TRACKS = "sigma_rel"
@@ -38,6 +38,11 @@ def take_back_snapshots(folder: Path, images_seen: int) -> None:
     for images, path in _files(folder).items():
         if images > images_seen:
             path.unlink()
+
+
+def missing_snapshots(folder: Path, num_images: int, *, every: int) -> int:
+    """How many a run of `num_images` has still to write, one each `every` images; 0 writes none."""
+    return max(-(-num_images // every) - len(_files(folder)), 0) if every else 0
 
 
 def average_of_length(

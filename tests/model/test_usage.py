@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
+import torch
 import typer
 
 from model.usage import usage_errors
@@ -35,6 +36,16 @@ def test_one_of_several_processes_tells_a_mistake_and_each_what_its_system_refus
     with pytest.raises(typer.Exit), usage_errors(quiet=True):
         raise OSError("no route to this disk")
     assert capsys.readouterr().err == "lamamba: no route to this disk\n"
+
+
+def test_a_device_without_memory_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught, usage_errors():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+    line = (
+        "the device has no memory for that; less at once may fit (CUDA out of memory. Tried to allocate 2.00"
+    )
+    assert caught.value.exit_code == 2
+    assert capsys.readouterr().err == f"lamamba: {line} GiB.)\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), BrokenPipeError()], ids=["defect", "pipe"])

@@ -124,6 +124,15 @@ def test_evaluation_again_with_its_judge_gives_the_same_numbers(
     assert not (tmp_path / "again" / "judge.safetensors").exists()
 
 
+def test_a_wrong_judge_is_refused_before_samples_are_made(
+    pipeline: LaMambaPipeline, places: Places, tmp_path: Path
+) -> None:
+    (tmp_path / "judge.safetensors").write_bytes(b"no judge")
+    with pytest.raises(ValueError, match="judge: .* given; the judge.safetensors of an earlier evaluation"):
+        _evaluate(pipeline, places, tmp_path / "new", judge_file=tmp_path / "judge.safetensors")
+    assert not list((tmp_path / "new").glob("samples*"))
+
+
 def test_evaluation_goes_on_with_what_an_interrupted_one_made(
     pipeline: LaMambaPipeline, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

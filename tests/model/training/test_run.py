@@ -352,10 +352,53 @@ def test_train_refuses_what_does_not_divide_or_fit(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match=r"output_dir: .* has 0.0 GiB free; 0.0 GiB are needed for 2 states"):
         train(make_config("refused"), device="cpu")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000_000))
+    many = make_config(
+        "refused", ema_tracks=[0.1], ema_track_interval=1, snapshot_every=8, num_images=8_000_000
+    )
+    with pytest.raises(
+        ValueError, match=r"one more while it is written, and for 1000000 snapshots of 0.0 GiB"
+    ):
+        train(many, device="cpu")
     monkeypatch.undo()
     monkeypatch.setattr("os.sysconf", lambda _: 1)
     with pytest.raises(ValueError, match=r"network: 0 M parameters given; weights, .* cpu has 0.0: parallel"):
         train(make_config("refused"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"scan_backend": "fast"}, "scan_backend: 'fast'"), ({"initial_weights": "absent"}, "absent")],
+    ids=["scan", "weights"],
+)
+def test_a_network_that_cannot_be_built_is_refused_before_views_are_encoded(
+    make_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    message: str,
+) -> None:
+    encoded: list[object] = []
+    monkeypatch.setattr("model.training.data.TrainingData.source", lambda *data: encoded.append(data))
+    with pytest.raises((ValueError, OSError), match=message):
+        train(make_config("refused", **fields), device="cpu")
+    assert not encoded
+
+
+def test_a_rank_that_fails_alone_says_why(
+    make_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Commands print the lines of the main rank, which knows nothing of it."""
+
+    def fail(trainer: Trainer) -> None:
+        raise ValueError("latents: a shard cannot be read")
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    monkeypatch.setattr(World, "is_main", False)
+    with pytest.raises(ValueError, match="a shard cannot be read"):
+        train(make_config("failed"), device="cpu")
+    assert "rank 0 of 1: latents: a shard cannot be read" in caplog.text
 
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(
