@@ -12,12 +12,16 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 
 from model.autoencoder import Autoencoder
-from model.config_fields import require_integer
+from model.config_fields import require_flag, require_integer
+from model.messages import unknown_field
 
 __all__ = ["AutoencoderTrainingConfig", "build_autoencoder", "parse_settings"]
 
 _POSTERIOR_STD = 0.01
 _TEXT_FIELDS = {"initial_weights"}
+_MAY_BE_INFINITE = {"max_seconds", "max_grad_norm"}
+_SEEDS = 2**31
+"""Step n of a run draws from seed * 2^32 + n, of 64 bits."""
 _ARCHITECTURE = (
     "block_out_channels",
     "layers_per_block",
@@ -77,8 +81,23 @@ class AutoencoderTrainingConfig:
     statistics_views: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("layers_per_block", "latent_channels", "norm_num_groups", "log_steps"):
+        for name in ("layers_per_block", "latent_channels", "norm_num_groups", "log_steps", "batch_size"):
             require_integer(name, getattr(self, name), 1)
+        for name in ("seed", "warmup_steps"):
+            require_integer(name, getattr(self, name), 0)
+        if self.seed >= _SEEDS:
+            raise ValueError(f"seed: {self.seed} given; less than {_SEEDS} is accepted")
+        for name in ("block_out_channels", "sizes"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: () given; one or more integers are accepted")
+            for value in getattr(self, name):
+                require_integer(name, value, 1)
+        for name in ("train_encoder", "compile", "cuda_graph"):
+            require_flag(name, getattr(self, name))
+        for name in (field.name for field in fields(self) if field.type == "float"):
+            _require_number(name, getattr(self, name), may_be_infinite=name in _MAY_BE_INFINITE)
+        if not isinstance(self.initial_weights, str | None):
+            raise ValueError(f"initial_weights: {self.initial_weights!r} given; a folder is accepted")
         for name in ("evaluation_views", "statistics_views"):  # which come after all training
             require_integer(name, getattr(self, name), 1)
         if self.max_images is not None:
@@ -87,13 +106,13 @@ class AutoencoderTrainingConfig:
         for name, value in (("crop", self.crop), *(("sizes", size) for size in self.sizes)):
             if value < factor or value % factor:
                 raise ValueError(f"{name}: {value} given; accepted are positive multiples of {factor}")
-        if not self.sizes or self.crop > min(self.sizes):
+        if self.crop > min(self.sizes):
             raise ValueError(f"sizes: {self.sizes} given; accepted are sizes of at least crop, {self.crop}")
         if not self.train_encoder and self.initial_weights is None:
             raise ValueError(
                 "train_encoder: False given without initial_weights; accepted is True, or a folder"
             )
-        if self.batch_size < 1 or self.batch_size % len(self.sizes):
+        if self.batch_size % len(self.sizes):
             raise ValueError(
                 f"batch_size: {self.batch_size} given; accepted are positive multiples of {len(self.sizes)}, "
                 f"the number of sizes"
@@ -117,11 +136,16 @@ class AutoencoderTrainingConfig:
             "latent_noise",
             "kl_weight",
             "outlier_weight",
-            "warmup_steps",
             "checkpoint_seconds",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} given; accepted is 0 or more")
+
+
+def _require_number(field: str, value: object, *, may_be_infinite: bool) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if not is_number or (value == math.inf and not may_be_infinite):
+        raise ValueError(f"{field}: {value!r} given; a number is accepted")
 
 
 def build_autoencoder(config: AutoencoderTrainingConfig) -> AutoencoderKL:
@@ -183,7 +207,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         name, _, text = setting.partition("=")
         if name not in defaults:
-            raise ValueError(f"set: {setting} given; accepted is NAME=VALUE with NAME in {sorted(defaults)}")
+            raise ValueError(unknown_field(name, sorted(defaults), "an autoencoder's training (--set)"))
         try:
             value = json.loads(text)
         except json.JSONDecodeError:

@@ -42,6 +42,8 @@ from model.averaged_adamw import AveragedAdamW
 from model.cuda_graph import CapturedStep, restored
 from model.data.places import Places
 from model.device import make_current, resolve_device
+from model.lock_file import locked
+from model.stop_request import StopRequest
 
 __all__ = ["train"]
 
@@ -186,18 +188,29 @@ class _Run:
 def train(
     config: AutoencoderTrainingConfig, output_dir: Path, device: torch.device | str | None = None
 ) -> dict[str, Any]:
-    """Run, or go on with the run that `output_dir` holds; returns what metrics.json says."""
+    """Run, or go on with the run that `output_dir` holds; returns what metrics.json says.
+
+    SIGINT, SIGTERM or SIGUSR1 during the steps ends the program after the step, with a saved state and with
+    exit code 128 + the signal's number. Raises ValueError where another run has the folder.
+    """
     device = resolve_device(device)
     make_current(device)
     output_dir.mkdir(parents=True, exist_ok=True)
-    run = _Run(config, output_dir, device)
-    (output_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    places = Places.load(device=device)
-    if run.progress < 1:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            _optimise(run, places, output_dir / "log.jsonl")
-        run.save()
-    return _export(run, places, output_dir)
+    with locked(output_dir / ".lock") as has_folder:
+        if not has_folder:
+            raise ValueError(
+                f"output_dir: {output_dir} belongs to a run that is not over, of another process; wait for "
+                "its end, or choose another folder"
+            )
+        run = _Run(config, output_dir, device)
+        (output_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        places = Places.load(device=device)
+        if run.progress < 1:
+            cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True)
+            with StopRequest(at_once=True) as stop, cudnn:
+                _optimise(run, places, output_dir / "log.jsonl", stop)
+            run.save()
+        return _export(run, places, output_dir)
 
 
 def _ready_step(run: _Run, places: Places) -> Callable[[], Tensor]:
@@ -233,7 +246,7 @@ def _terms(run: _Run) -> tuple[str, ...]:
     return AutoencoderLoss.TERMS if run.perceptual is None else AutoencoderLoss.TERMS + PerceptualLoss.TERMS
 
 
-def _optimise(run: _Run, places: Places, log_path: Path) -> None:
+def _optimise(run: _Run, places: Places, log_path: Path, stop: StopRequest) -> None:
     """Steps until the budget is spent; the host waits for the device only to log and to save."""
     config = run.config
     started = time.perf_counter()
@@ -245,6 +258,7 @@ def _optimise(run: _Run, places: Places, log_path: Path) -> None:
     logged_step, logged_images = run.step, run.images
     logged_seconds = saved_seconds = run.seconds
     totals = torch.zeros(len(names) + 1, device=run.device)
+    stop.at_once = False
     while run.progress < 1:
         run.prepare_step()
         totals += step()
@@ -258,9 +272,14 @@ def _optimise(run: _Run, places: Places, log_path: Path) -> None:
             rate = (run.images - logged_images) / (run.seconds - logged_seconds)
             logged_step, logged_images, logged_seconds = run.step, run.images, run.seconds
             _log(log_path, run, rate, dict(zip(names, means, strict=True)), skipped)
-            if run.seconds - saved_seconds >= config.checkpoint_seconds:
-                saved_seconds = run.seconds
-                run.save()
+        if stop.received or run.seconds - saved_seconds >= config.checkpoint_seconds:
+            saved_seconds = run.seconds
+            run.save()
+        if stop.received:
+            logger.info(
+                "%s: stopped after %d images; the same command goes on", stop.received.name, run.images
+            )
+            raise SystemExit(stop.exit_code)
 
 
 def _log(path: Path, run: _Run, rate: float, terms: dict[str, float], skipped: float) -> None:

@@ -97,7 +97,8 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
                 except torch.OutOfMemoryError as error:
                     raise _told(ValueError(_no_memory(config, world, error)), world) from error
                 except ValueError as error:
-                    raise _told(error, world)
+                    _told(error, world)
+                    raise
 
 
 class _Run:

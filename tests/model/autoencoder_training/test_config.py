@@ -91,6 +91,29 @@ def test_parse_settings() -> None:
         "sizes": (128, 256),
         "initial_weights": "runs/1/vae",
     }
-    for setting in ("nonsense=1", "seed=abc", "seed", "sizes=128", "kl_weight=[1]"):
+    with pytest.raises(ValueError, match=r"batchsize: unknown field of .*; did you mean batch_size"):
+        parse_settings(["batchsize=1"])
+    for setting in ("seed=abc", "seed", "sizes=128", "kl_weight=[1]"):
         with pytest.raises(ValueError, match=re.escape(f"set: {setting} given")):
             parse_settings([setting])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *(
+            "batch_size=null",
+            "seed=null",
+            "seed=1e30",
+            "seed=-1",
+            "warmup_steps=1.5",
+            "layers_per_block=true",
+        ),
+        *("max_grad_norm=null", "learning_rate=true", "learning_rate=Infinity", "kl_weight=NaN"),
+        *("checkpoint_seconds=null", "block_out_channels=[]", 'block_out_channels=[32,"x"]', 'sizes=["a"]'),
+        *("train_encoder=5", "compile=1", "initial_weights=5"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_its_field(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"^{setting.partition('=')[0]}: .* accepted"):
+        AutoencoderTrainingConfig(**parse_settings([setting]))

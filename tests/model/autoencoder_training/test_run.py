@@ -1,8 +1,9 @@
-"""If these fail, a training run on a borrowed GPU is lost: it does not learn, resume or write its outputs."""
+"""If these fail, a training run on a GPU is lost: it does not learn, resume or write its outputs."""
 
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from model.autoencoder_training.run import train
 from model.autoencoder_training.states import load_newest_state
 from model.cli import app
 from model.data.places import Places
+from model.lock_file import locked
 
 TINY = AutoencoderTrainingConfig(
     block_out_channels=(4, 4, 8, 8),
@@ -97,6 +99,30 @@ def test_train_stopped_and_resumed_equals_straight(
     assert len(averages) == 2
     assert all(torch.equal(a, b) for a, b in zip(*averages, strict=True))
     assert not [path for run in (folder, tmp_path) for path in run.rglob("*.tmp")]
+
+
+def test_a_signal_ends_the_run_after_the_step_with_a_saved_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = autoencoder_run._log
+
+    def interrupted(path: Path, run: Any, *rest: Any) -> None:
+        log(path, run, *rest)
+        if run.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(autoencoder_run, "_log", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train(replace(TINY, checkpoint_seconds=60.0), tmp_path, "cpu")
+    assert caught.value.code == 143
+    state = load_newest_state(tmp_path / "states")
+    assert state is not None
+    assert state["step"] == 3
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path / ".lock"), pytest.raises(ValueError, match="belongs to a run that is not over"):
+        train(TINY, tmp_path, "cpu")
 
 
 def test_train_goes_on_from_the_weights_of_an_earlier_run(

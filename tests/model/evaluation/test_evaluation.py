@@ -128,7 +128,7 @@ def test_a_wrong_judge_is_refused_before_samples_are_made(
     pipeline: LaMambaPipeline, places: Places, tmp_path: Path
 ) -> None:
     (tmp_path / "judge.safetensors").write_bytes(b"no judge")
-    with pytest.raises(ValueError, match="judge: .* given; the judge.safetensors of an earlier evaluation"):
+    with pytest.raises(ValueError, match=r"judge: .* given; the judge\.safetensors of an earlier evaluation"):
         _evaluate(pipeline, places, tmp_path / "new", judge_file=tmp_path / "judge.safetensors")
     assert not list((tmp_path / "new").glob("samples*"))
 
