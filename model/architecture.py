@@ -7,6 +7,7 @@ from typing import Any
 
 from model.config import LaMambaConfig
 from model.dit_config import DiTConfig
+from model.messages import unknown_field
 
 __all__ = [
     "NETWORK_KINDS",
@@ -33,9 +34,13 @@ def architecture_from_fields(fields: dict[str, Any]) -> Architecture:
     """
     others = dict(fields)
     kind = others.pop("kind", "lamamba")
-    if kind not in NETWORK_KINDS:
+    if not isinstance(kind, str) or kind not in NETWORK_KINDS:
         raise ValueError(f"kind: {kind!r} given; one of {', '.join(NETWORK_KINDS)} is accepted")
     config = NETWORK_KINDS[kind]
+    known = [*(field.name for field in dataclasses.fields(config)), "kind", "preset"]
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise ValueError(unknown_field(unknown[0], known, "a DiT" if kind == "dit" else "the network"))
     preset = others.pop("preset", None)
     return config.from_dict(others) if preset is None else config.preset(preset, **others)
 

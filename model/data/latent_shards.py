@@ -165,14 +165,18 @@ def read_index(folder: Path) -> dict[str, Any]:
         and len(shape) == 3
         and all(isinstance(size, int) and size > 0 for size in shape)
         and isinstance(index.get("made_from"), dict)
-        and {"resolution", "autoencoder"} <= index["made_from"].keys()
+        and _has(index["made_from"], resolution=int, autoencoder=str)
         and isinstance(index.get("shards"), list)
         and bool(index["shards"])
-        and all(isinstance(e, dict) and {"file", "num_images", "bytes"} <= e.keys() for e in index["shards"])
+        and all(_has(shard, file=str, num_images=int, bytes=int) for shard in index["shards"])
     )
     if not is_whole:
         raise ValueError(f"latents: {path} is damaged, entries are missing or of another kind")
     return index
+
+
+def _has(entry: object, **kinds: type) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
 
 
 def _open_shards(folder: Path, index: dict[str, Any]) -> list[_Shard]:

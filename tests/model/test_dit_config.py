@@ -58,8 +58,10 @@ def test_a_wrong_field_is_named_with_what_is_accepted(fields: dict[str, Any], me
         ({"kind": "dit", "d_state": 1}, "d_state: unknown field of a DiT; it has sample_size"),
         ({"kind": "dit", "heads": 1}, "heads: unknown field of a DiT; did you mean num_heads?"),
         ({"depths": [2], "heads": 1}, "heads: unknown field of the network; did you mean num_heads?"),
+        ({"presett": "S"}, "presett: unknown field of the network; did you mean preset?"),
+        ({"kind": ["dit"]}, r"kind: \['dit'\] given; one of lamamba, dit is accepted"),
     ],
-    ids=["kind", "preset", "dit-field", "dit-near", "lamamba-field"],
+    ids=["kind", "preset", "dit-field", "dit-near", "lamamba-field", "own-field", "list"],
 )
 def test_architecture_from_fields_refuses(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -115,6 +115,8 @@ def test_open_refuses_what_is_not_whole(tmp_path: Path, damage: Any, message: st
         ("shards", [], "index.json is damaged"),
         ("labels", None, "index.json is damaged"),
         ("moments_shape", [8, 4], "index.json is damaged"),
+        ("made_from", {"resolution": "x", "autoencoder": "y"}, "index.json is damaged"),
+        ("shards", [{"file": "a", "num_images": "x", "bytes": 1}], "index.json is damaged"),
     ],
 )
 def test_open_refuses_an_index(tmp_path: Path, entry: str, value: Any, message: str) -> None:
