@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from model.config import LaMambaConfig
+from model.config_fields import require_known
 from model.dit_config import DiTConfig
-from model.messages import unknown_field
 
 __all__ = [
     "NETWORK_KINDS",
@@ -38,9 +38,7 @@ def architecture_from_fields(fields: dict[str, Any]) -> Architecture:
         raise ValueError(f"kind: {kind!r} given; one of {', '.join(NETWORK_KINDS)} is accepted")
     config = NETWORK_KINDS[kind]
     known = [*(field.name for field in dataclasses.fields(config)), "kind", "preset"]
-    unknown = [name for name in fields if name not in known]
-    if unknown:
-        raise ValueError(unknown_field(unknown[0], known, "a DiT" if kind == "dit" else "the network"))
+    require_known(fields, known, "a DiT" if kind == "dit" else "the network")
     preset = others.pop("preset", None)
     return config.from_dict(others) if preset is None else config.preset(preset, **others)
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from model.messages import unknown_field
 
-__all__ = ["from_fields", "require_choice", "require_flag", "require_integer", "require_probability"]
+__all__ = [
+    "from_fields",
+    "require_choice",
+    "require_flag",
+    "require_integer",
+    "require_known",
+    "require_probability",
+]
 
 _Config = TypeVar("_Config")
 
@@ -20,9 +27,7 @@ def from_fields(config: type[_Config], fields: Mapping[str, Any], owner: str) ->
     """
     known = dataclasses.fields(config)  # type: ignore[arg-type]  # a dataclass
     names = [field.name for field in known]
-    unknown = [name for name in fields if name not in names]
-    if unknown:
-        raise ValueError(unknown_field(str(unknown[0]), names, owner))
+    require_known(fields, names, owner)
     missing = [
         field.name
         for field in known
@@ -33,6 +38,12 @@ def from_fields(config: type[_Config], fields: Mapping[str, Any], owner: str) ->
     if missing:
         raise ValueError(f"{missing[0]}: missing; {owner} needs {', '.join(missing)}")
     return config(**fields)
+
+
+def require_known(fields: Iterable[object], known: Sequence[str], owner: str) -> None:
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise ValueError(unknown_field(str(unknown[0]), known, owner))
 
 
 def require_integer(field: str, value: object, minimum: int) -> None:

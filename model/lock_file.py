@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["locked"]
+__all__ = ["locked", "taken"]
 
 
 @contextmanager
@@ -25,3 +25,11 @@ def locked(path: Path) -> Iterator[bool]:
         except OSError:
             pass
         yield True
+
+
+def taken(folder: Path) -> ValueError:
+    """What to refuse a run with whose folder is held by another."""
+    return ValueError(
+        f"output_dir: {folder} belongs to a run that is not over, of another process; wait for its end, or "
+        "choose another folder"
+    )

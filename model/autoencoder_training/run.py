@@ -42,7 +42,7 @@ from model.averaged_adamw import AveragedAdamW
 from model.cuda_graph import CapturedStep, restored
 from model.data.places import Places
 from model.device import make_current, resolve_device
-from model.lock_file import locked
+from model.lock_file import locked, taken
 from model.stop_request import StopRequest
 
 __all__ = ["train"]
@@ -198,10 +198,7 @@ def train(
     output_dir.mkdir(parents=True, exist_ok=True)
     with locked(output_dir / ".lock") as has_folder:
         if not has_folder:
-            raise ValueError(
-                f"output_dir: {output_dir} belongs to a run that is not over, of another process; wait for "
-                "its end, or choose another folder"
-            )
+            raise taken(output_dir)
         run = _Run(config, output_dir, device)
         (output_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         places = Places.load(device=device)

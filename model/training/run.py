@@ -90,15 +90,11 @@ def train(config: TrainConfig, *, device: torch.device | str | None = None) -> P
             ):
                 try:
                     run = _Run(config, data, architecture, world, progress)
-                except torch.OutOfMemoryError as error:
-                    raise _told(ValueError(_no_memory(config, world, error)), world) from error
-                try:
                     return run.whole(stop, deadline=deadline)
                 except torch.OutOfMemoryError as error:
-                    raise _told(ValueError(_no_memory(config, world, error)), world) from error
-                except ValueError as error:
-                    _told(error, world)
-                    raise
+                    reason = _no_memory(config, world, error)
+                    _tell_alone(reason, world)
+                    raise ValueError(reason) from error
 
 
 class _Run:
@@ -180,6 +176,9 @@ class _Run:
             if not self._steps(stop, deadline):
                 return None
             self.states.finish()
+        except ValueError as error:
+            _tell_alone(error, world)
+            raise
         finally:
             trainer.capture(False)
             self.source.close()
@@ -349,11 +348,10 @@ def _require_installed(config: TrainConfig) -> None:
         raise ValueError("wandb: not installed; pip install 'lamamba[wandb]', or leave the field out")
 
 
-def _told(error: ValueError, world: World) -> ValueError:
-    """`error`, logged where it may be this rank's alone: commands print that of the main rank."""
+def _tell_alone(reason: object, world: World) -> None:
+    """Log what may be this rank's alone: commands print the line of the main rank."""
     if not world.is_main:
-        logger.error("rank %d of %d: %s", world.rank, world.size, error)
-    return error
+        logger.error("rank %d of %d: %s", world.rank, world.size, reason)
 
 
 def _no_memory(config: TrainConfig, world: World, error: torch.OutOfMemoryError) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from model.lock_file import locked
+from model.lock_file import locked, taken
 from model.messages import one_line
 from model.training.world import World
 
@@ -41,8 +41,5 @@ def claimed_folder(folder: Path, world: World) -> Iterator[None]:
             raise ValueError(f"output_dir: {path} is a file; a run makes a folder of that name")
     with ExitStack() as stack:
         if not world.shared(not world.is_main or stack.enter_context(locked(folder / _LOCK_FILE))):
-            raise ValueError(
-                f"output_dir: {folder} belongs to a run that is not over, of another process; wait for its "
-                "end, or choose another folder"
-            )
+            raise taken(folder)
         yield

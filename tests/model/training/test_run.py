@@ -32,7 +32,6 @@ from model.training.source import CachedSource
 from model.training.states import FACTS_FILE, SavedState, read_state
 from model.training.trainer import Trainer
 from model.training.world import World
-from service.benchmark.server import free_port
 from tests.latents_cache import save_latents
 
 # Few parameters: each is a record of every state.
@@ -505,6 +504,7 @@ def test_captured_steps_are_the_steps(make_config: Callable[..., TrainConfig], c
     _assert_same_run(called.optimizer.average, captured.optimizer.average, start)
 
 
+@pytest.mark.usefixtures("torchrun")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the compiler's, and FSDP's of the network's output
@@ -519,10 +519,6 @@ def test_a_rank_alone_takes_the_steps_of_a_process(
     single = _trainer(dataclasses.replace(config, cuda_graph=False), device)
     start = [parameter.detach().clone() for parameter in single.optimizer.parameters]
     expected = _steps(single, 5)
-    port = str(free_port())
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": port}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with World.joined(parallel, device=device) as world:
         trainer = _trainer(config, device, world)
         losses = _steps(trainer, 5)
@@ -534,14 +530,11 @@ def test_a_rank_alone_takes_the_steps_of_a_process(
         trainer.capture(False)
 
 
+@pytest.mark.usefixtures("torchrun")
 def test_graphs_are_freed_before_their_world_ends(
     make_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end of NCCL's group waits for those that hold its messages, also where a run fails."""
-    port = str(free_port())
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": port}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     order: list[str] = []
     prepare, end = Trainer.prepare, dist.destroy_process_group
 

@@ -11,15 +11,6 @@ import torch
 import torch.distributed as dist
 
 from model.training.world import RankLost, World
-from service.benchmark.server import free_port
-
-
-@pytest.fixture
-def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment that it gives to the only process of a run."""
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in (variables | {"MASTER_PORT": str(free_port())}).items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.usefixtures("torchrun")
