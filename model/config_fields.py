@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from model.messages import unknown_field
 
 __all__ = [
     "from_fields",
+    "is_number",
     "require_choice",
     "require_flag",
     "require_integer",
@@ -61,7 +62,11 @@ def require_flag(field: str, value: object) -> None:
         raise ValueError(f"{field}: {value!r} given; true or false is accepted")
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """True and False, which Python counts as integers, are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def require_probability(field: str, value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1:  # type: ignore[operator]  # a number by now
+    if not is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{field}: {value!r} given; 0 to 1 is accepted")

@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 
 from model.autoencoder import Autoencoder
-from model.config_fields import require_flag, require_integer
+from model.config_fields import is_number, require_flag, require_integer
 from model.messages import unknown_field
 
 __all__ = ["AutoencoderTrainingConfig", "build_autoencoder", "parse_settings"]
@@ -143,8 +143,7 @@ class AutoencoderTrainingConfig:
 
 
 def _require_number(field: str, value: object, *, may_be_infinite: bool) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-    if not is_number or (value == math.inf and not may_be_infinite):
+    if not is_number(value) or math.isnan(value) or (value == math.inf and not may_be_infinite):
         raise ValueError(f"{field}: {value!r} given; a number is accepted")
 
 

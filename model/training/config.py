@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from model.architecture import Architecture, architecture_from_fields
-from model.config_fields import from_fields
+from model.config_fields import from_fields, is_number
 from model.limits import MAX_SEED
 from model.pretrained import default_model_dir
 
@@ -168,12 +168,12 @@ class TrainConfig:
             self._require(name, value <= MAX_SEED, f"at most {MAX_SEED}")
         for name in ("learning_rate", "state_every_s", "rank_timeout_s"):
             value = getattr(self, name)
-            self._require(name, _is_number(value) and 0 < value < math.inf, "a finite number above 0")
+            self._require(name, is_number(value) and 0 < value < math.inf, "a finite number above 0")
         for name in ("max_grad_norm", "min_snr_gamma", "stop_after_s"):
             value = getattr(self, name)
-            self._require(name, _is_number(value) and value > 0, "a number above 0, or inf,")
+            self._require(name, is_number(value) and value > 0, "a number above 0, or inf,")
         value = self.weight_decay
-        is_valid = _is_number(value) and 0 <= value < math.inf
+        is_valid = is_number(value) and 0 <= value < math.inf
         self._require("weight_decay", is_valid, "a finite number of at least 0")
         self._require("ema_decay", _is_decay(self.ema_decay), "a number from 0 to below 1")
         betas = self.adam_betas
@@ -279,17 +279,13 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _is_track(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= 12**-0.5
+    return is_number(value) and 0 < value <= 12**-0.5
 
 
 def _is_finite(value: Any) -> bool:
-    return _is_number(value) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
 
 
 def _is_decay(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
+    return is_number(value) and 0 <= value < 1
